@@ -127,3 +127,4 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "bench.ops")
     session.run("python", "-m", "bench.exporter")
     session.run("python", "-m", "bench.containers")
+    session.run("python", "-m", "bench.gateway")

@@ -121,8 +121,9 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "access": ("agent.look.access", "access", None),
     "sanitise": ("agent.change.sanitise", "sanitise_outputs", ("paths", "write", "replace")),
     "secret": ("agent.serve.secret", "keep", None),
-    "gateway": ("agent.look.gateway", "gateway", ()),
+    "gateway": ("agent.look.gateway", "gateway", ("port", "names", "certificate")),
     "gateway-audit": ("agent.look.gateway", "audit", ("lines", "since")),
+    "gateway-server": ("agent.serve.balance", "set_state", ("host", "state")),
     "gateway-secrets": ("agent.serve.gateway", "gateway", None),
 }
 """Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from core import console, shell
 from core.errors import UsageError
 from deploy import connection
+from deploy import host as hosts
+from deploy.gateways import on_its_machine
 from deploy.look import find_target, web_address
 from deploy.release import TLS_FLAGS
 
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 def run(name: str, port: str) -> None:
     """Run `inv open` until Ctrl-C; raises UsageError or ConnectError."""
     target = find_target(name)
+    known = hosts.hosts()
+    for each in target.gateways:
+        if on_its_machine(known.gateways[each], target.host, known):
+            what = f"on {target.name}, only gateway {each} reaches ComfyUI"
+            raise UsageError("usage", what, hint=f"its address: inv gateway status --gateway {each}")
     if not target.host.address:
         show(target, web_address(target))
         return

@@ -15,6 +15,7 @@ from agent.schema.change import Erase, packed
 from core import console, workspace
 from core.errors import ConnectError, GateError, HostError
 from deploy import agent_errors, connection
+from deploy.aside import aside
 from deploy.facts import Facts
 from deploy.group import Consent, on_each
 from deploy.host import Target
@@ -109,13 +110,14 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
         notes: tuple[str, ...] = ()
         if plan.steps and not options.dry_run:
             agree()
-            try:
-                notes = apply(agent, facts, plan, change, offline=change.offline)
-            except HostError as error:
-                if error.kind != "offline" or change.offline or change.inputs is None:
-                    raise
-                console.say(f"{target.name} cannot reach the package index; uploading packages from this machine")
-                notes = apply(agent, *planned(change.plan), change, offline=True)  # completed actions are not undone
+            with aside(agent, target, plan.steps, options):
+                try:
+                    notes = apply(agent, facts, plan, change, offline=change.offline)
+                except HostError as error:
+                    if error.kind != "offline" or change.offline or change.inputs is None:
+                        raise
+                    console.say(f"{target.name} cannot reach the package index; uploading packages from this machine")
+                    notes = apply(agent, *planned(change.plan), change, offline=True)  # completed actions stay
             if not (change.unchecked or options.trial == "only"):  # a trial changes nothing and can be repeated
                 _converged(target.name, planned(change.check or change.plan)[1])
     titles, state = tuple(step.title for step in plan.steps), change.state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -78,20 +78,31 @@ def upload_bytes(limits: Limits) -> int:
     return int(number) * _SIZES[unit]
 
 
+def question(gateway: Gateway) -> dict[str, Any]:
+    """What the agent is told when it looks at a gateway (`agent.look.gateway`)."""
+    return {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
+
+
 def members(gateway: Gateway, known: Hosts) -> list[str]:
     """The names of the hosts behind a gateway, in order."""
     named = gateway.behind or (gateway.host,)
     return list(dict.fromkeys(host for each in named for host in known.groups.get(each, (each,))))
 
 
-def endpoint(gateway: Gateway, name: str, host: Host) -> str:
+def endpoint(gateway: Gateway, host: Host, known: Hosts) -> str:
     """The address at which the gateway reaches the ComfyUI of a host behind it; empty if it cannot.
 
-    On its own host it uses loopback, where nobody on the network can go around it.
+    On its own machine it uses loopback, where nobody on the network can go around it.
     """
-    own = name == gateway.host
+    own = on_its_machine(gateway, host, known)
     listed = [ipaddress.ip_address(each) for each in host.listen.split(",")]
     return str(next((each for each in listed if each.is_loopback == own and not each.is_unspecified), ""))
+
+
+def on_its_machine(gateway: Gateway, host: Host, known: Hosts) -> bool:
+    """Whether a host is the gateway's own or another entry for the same machine, such as one for each person."""
+    own = known.hosts[gateway.host]
+    return (host.address, host.ssh_port) == (own.address, own.ssh_port)
 
 
 def check_gateways(path: str, known: Hosts) -> None:
@@ -125,15 +136,22 @@ def _check_hosts(place: str, gateway: Gateway, known: Hosts) -> None:
             hint='run it on a host with scope = "system"; without root, use inv open',
         )
     for each in members(gateway, known):
-        listen = known.hosts[each].listen
-        if each == gateway.host and not all(map(_is_loopback, listen.split(","))):
+        listen, own = known.hosts[each].listen, on_its_machine(gateway, known.hosts[each], known)
+        if own and known.hosts[each].scope == "user" and not known.hosts[each].user:
+            raise ConfigError(
+                "config",
+                f"{place}: host {each} does not name its login",
+                cause='with scope "user" ComfyUI runs as that login, which the gateway\'s firewall must let through',
+                hint=f'user = "LOGIN" for host {each}',
+            )
+        if own and not all(map(_is_loopback, listen.split(","))):
             raise ConfigError(
                 "config",
                 f"{place}: ComfyUI on {each} listens on {listen}",
                 cause="everybody who reaches that address needs no login: ComfyUI has none",
                 hint=f'listen = "127.0.0.1" for host {each}',
             )
-        if not endpoint(gateway, each, known.hosts[each]):
+        if not endpoint(gateway, known.hosts[each], known):
             raise ConfigError(
                 "config",
                 f"{place} does not reach ComfyUI on {each}",
@@ -202,3 +220,8 @@ def _is_loopback(text: str) -> bool:
 def gateways_of(name: str, known: Hosts) -> Mapping[str, Gateway]:
     """The gateways that a host is behind, by name."""
     return {each: found for each, found in known.gateways.items() if name in members(found, known)}
+
+
+def run_by(name: str, known: Hosts) -> tuple[str, Gateway] | None:
+    """The gateway that runs on a host, with its name."""
+    return next(((each, found) for each, found in known.gateways.items() if found.host == name), None)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from deploy.change import Outcome
     from deploy.plan import Options
 
-DESTRUCTIVE = ("remove", "nuke", "adopt", "undo adopt")
+DESTRUCTIVE = ("remove", "remove gateway", "nuke", "adopt", "undo adopt")
 """Actions that remove a service or files. They always need confirmation, also locally and without a terminal."""
 
 

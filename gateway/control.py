@@ -13,12 +13,13 @@ from core.errors import UsageError, suggest
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
-from deploy.gateways import PERSON
+from deploy.gateways import PERSON, members, on_its_machine, question
+from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
 from deploy.refusals import Refusal
 from gateway.haproxy import Places, configuration
-from gateway.unit import unit
+from gateway.unit import USER, unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,29 +52,35 @@ def address(gateway: Gateway) -> str:
     return f"https://{name}{f':{gateway.port}' * (gateway.port != 443)}"
 
 
-def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, str]:
-    """The unit and configuration of a gateway."""
-    folder = f"{prefix}/gateway"
+def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, Any]:
+    """The unit and configuration of a gateway, and the users that reach each port of ComfyUI on its machine."""
+    folder, known = f"{prefix}/gateway", hosts.hosts()
     places = Places(f"{folder}/secrets", f"/run/{service}-gateway", f"{folder}/secrets/certificate.pem")
+    behind = [known.hosts[each] for each in members(gateway, known)]
+    own = [each for each in behind if on_its_machine(gateway, each, known)]
     return {
-        "unit": unit(name, gateway, service, folder, places.secrets),
-        "configuration": configuration(name, gateway, hosts.hosts(), places),
+        "unit": unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
+        "configuration": configuration(name, gateway, known, places),
+        "access": {
+            str(each.port): [USER, EXPORTER, each.run_as if each.scope == "system" else each.user] for each in own
+        },
     }
 
 
 def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mapping[str, Any]) -> Plan:
     """The plan that puts a gateway in service as configured; `found` is the agent's `agent.look.gateway`."""
-    against = refusals.unsettable(target, facts)
-    if not found["there"]:
-        what = "HAProxy is not installed on the host"
-        against.append(Refusal("no-haproxy", what, "on the host: apt-get install haproxy; systemctl disable haproxy"))
     right = wanted(name, gateway, facts.prefix, target.host.service)
     certificate = found["certificate"]
-    why = [f"its {key} is another" for key in ("unit", "configuration") if found[key] != right[key]]
+    why = [f"its {key} is another" for key in right if found[key] != right[key]]
     if not gateway.certificate and certificate["names"] != sorted(gateway.names):
         why.append("its certificate is for other names")
     elif not gateway.certificate and certificate["renew"]:
         why.append("its certificate ends soon")
+    elif gateway.certificate and not found["given"]["same"]:
+        why.append("its certificate is another")
+    why += [f"{each['name']} gets no people" for each in found["servers"] if each["state"] in ("DRAIN", "MAINT")]
+    if not found["guarded"]:
+        why.append("its firewall is not in force")
     if not found["unit"]:
         why = ["there is none"]
     elif not found["active"]:
@@ -95,7 +102,42 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         gateway.names,
         gateway.certificate,
     )
+    if gateway.certificate and found["given"]["renew"]:
+        notes.append(f"{gateway.certificate} ends soon: {found['given']['until']}")
+    against = [*_against(target, facts, found), *_unserved(gateway, found)]
     return Plan.of(facts, [step] if why else [], against, notes)
+
+
+def _unserved(gateway: Gateway, found: Mapping[str, Any]) -> list[Refusal]:
+    """Reasons for which browsers would not get the page."""
+    against, given = [], found["given"]
+    if holder := found["holder"]:
+        what = f"port {gateway.port} is in use by {holder['command']} (pid {holder['pid']})"
+        remedy = (
+            f"stop that program, such as by systemctl disable --now {holder['unit'] or 'UNIT'}, or set another `port`"
+        )
+        against.append(Refusal("port-taken", what, remedy))
+    if given and not given["until"]:
+        what = f"{gateway.certificate} on the host is no certificate"
+        against.append(
+            Refusal("certificate", what, "put the certificate, its chain and its key into that file, as PEM")
+        )
+    elif given and given["expired"]:
+        what = f"{gateway.certificate} expired: {given['until']}"
+        against.append(Refusal("certificate", what, "renew it"))
+    elif given and given["uncovered"]:
+        what = f"{gateway.certificate} is not for {', '.join(given['uncovered'])}"
+        against.append(Refusal("certificate", what, "get one for all `names`, or remove those names"))
+    return against
+
+
+def _against(target: Target, facts: Facts, found: Mapping[str, Any]) -> list[Refusal]:
+    against = refusals.unsettable(target, facts)
+    for path in found["missing"]:
+        package = {"haproxy": "haproxy", "nft": "nftables"}[path.rpartition("/")[2]]
+        remedy = f"on the host: apt-get install {package}{'; systemctl disable haproxy' * (package == 'haproxy')}"
+        against.append(Refusal("no-program", f"{path} is not installed on the host", remedy))
+    return against
 
 
 def deploy(name: str, options: Options) -> list[Outcome]:
@@ -103,22 +145,59 @@ def deploy(name: str, options: Options) -> list[Outcome]:
     name, gateway = find(name)
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        return plan(name, gateway, target, facts, agent.call("gateway"))
+        return plan(name, gateway, target, facts, agent.call("gateway", **question(gateway)))
 
     state = f"gateway {name} serves {address(gateway)}"
     return change_each([gateway.host], Change(action=f"gateway {name}", plan=planner, state=state), options)
+
+
+def rollback(name: str, options: Options) -> list[Outcome]:
+    """Put the previous release of a gateway in service again; raises RefusedError and the errors of the host."""
+    name, gateway = find(name)
+    before: dict[str, Any] = {}
+
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        found = agent.call("gateway", **question(gateway))
+        before.update(before or found["previous"])
+        against = _against(target, facts, found)
+        if not before:
+            what = f"gateway {name} has no previous release"
+            against.append(Refusal("no-release", what, "change config/hosts.toml, then inv gateway deploy"))
+            return Plan.of(facts, [], against)
+        step = schema.Gateway(**{**before, "title": "serve the previous release", "why": "requested"})
+        same = all(found[key] == value for key, value in step.gateway.items())
+        return Plan.of(facts, [] if same else [step], against)
+
+    state = f"gateway {name} serves the previous release; change config/hosts.toml too, or the next deploy replaces it"
+    return change_each([gateway.host], Change(action=f"gateway {name} rollback", plan=planner, state=state), options)
+
+
+def remove(name: str, options: Options) -> list[Outcome]:
+    """Remove a gateway with its people and certificate; raises RefusedError and the errors of the host."""
+    name, gateway = find(name)
+
+    def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
+        why = "its people, their passwords and its certificate, too"
+        step = schema.Delete(f"remove gateway {name}", why, "inv gateway deploy", ("gateway",))
+        found = agent.call("gateway", **question(gateway))
+        return Plan.of(facts, [step] if found["kept"] else [], refusals.unsettable(target, facts))
+
+    state = f"gateway {name} is removed; delete it from config/hosts.toml"
+    return change_each([gateway.host], Change(action="remove gateway", plan=planner, state=state), options)
 
 
 def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
     """What the host reports of a gateway, without its texts."""
     name, gateway = find(name)
     with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        found = agent.call("gateway")
+        found = agent.call("gateway", **question(gateway))
     return {
         "name": name,
         "host": gateway.host,
         "address": address(gateway),
         "state": "in service" if found["active"] else "not running" if found["unit"] else "not deployed",
+        "hosts": found["servers"],
+        "guarded": found["guarded"],
         "certificate": found["certificate"],
         "people": {
             each: {"role": gateway.users[each].role if each in gateway.users else "", **kept}
@@ -131,14 +210,24 @@ _NOTHING = {"password": False, "tokens": 0}
 
 
 def rows(found: Mapping[str, Any]) -> list[str]:
-    """A gateway's status: a line, then a table of people."""
-    until = found["certificate"]["until"] or "none"
+    """A gateway's status: a line, then tables of hosts and people."""
+    certificate = found["certificate"]
+    until = f"{certificate['until'] or 'none'}{', expired' * certificate['expired']}"
+    if names := certificate["uncovered"]:
+        until += f", not for {', '.join(names)}"
     people = [
         (name, each["role"] or "not in hosts.toml: no access", "yes" if each["password"] else "no", str(each["tokens"]))
         for name, each in sorted(found["people"].items())
     ]
-    line = f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"
-    return [line, *console.table(("person", "role", "password", "tokens"), people)]
+    lines = [f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"]
+    if found["state"] == "in service" and not found["guarded"]:
+        lines.append("its firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy")
+    behind = [(each["name"], each["state"], str(each["requests"])) for each in found["hosts"]]
+    return [
+        *lines,
+        *console.table(("host", "state", "requests"), behind),
+        *console.table(("person", "role", "password", "tokens"), people),
+    ]
 
 
 def ask(name: str, action: str, *, ask_sudo: bool, **values: Any) -> dict[str, Any]:

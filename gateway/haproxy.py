@@ -67,8 +67,8 @@ def configuration(name: str, gateway: Gateway, known: Hosts, places: Places) -> 
         ),
         "backends": "\n\n".join(
             [
-                _backend("comfyui", gateway, behind),
-                *(_backend(f"only_{host}", gateway, {host: behind[host]}) for host in sorted(pinned)),
+                _backend("comfyui", gateway, behind, known),
+                *(_backend(f"only_{host}", gateway, {host: behind[host]}, known) for host in sorted(pinned)),
             ]
         ),
     }
@@ -76,12 +76,13 @@ def configuration(name: str, gateway: Gateway, known: Hosts, places: Places) -> 
     return Template(template).substitute(values)
 
 
-def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host]) -> str:
+def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host], known: Hosts) -> str:
     """One group of hosts. Each person stays on one of them: queue, history and websocket are a host's own."""
     sticky = [
         "    balance leastconn",
         "    stick-table type string len 32 size 10k expire 8h peers tables",
         "    stick on var(txn.user)",
+        "    option redispatch",  # the last attempt goes to another host
     ]
     fall = -(-duration(gateway.hold) // CHECK_SECONDS)
     return "\n".join(
@@ -95,7 +96,7 @@ def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host]) -> str:
             # that is marked down go on.
             f"    default-server check inter {CHECK_SECONDS}s fastinter 2s downinter 2s fall {fall} rise 1",
             *(
-                f"    server {each} {_joined(endpoint(gateway, each, host), host.port)}"
+                f"    server {each} {_joined(endpoint(gateway, host, known), host.port)}"
                 for each, host in sorted(hosts.items())
             ),
         ]

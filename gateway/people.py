@@ -22,7 +22,9 @@ def run(action: str, what: str, person: str, name: str, *, token: bool, ask_sudo
         console.data(control.ask(name, "certificate", ask_sudo=ask_sudo, names=found.names)["authority"].rstrip())
         return
     if action != "users" or what not in ("add", "remove") or not person:
-        hint = "inv gateway deploy, status, users add NAME, users remove NAME, users list, cert or audit"
+        hint = (
+            "inv gateway deploy, rollback, remove, status, users add NAME, users remove NAME, users list, cert or audit"
+        )
         raise UsageError(
             "usage", f"inv gateway does not understand {' '.join((action, what, person)).strip()!r}", hint=hint
         )

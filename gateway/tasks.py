@@ -14,7 +14,7 @@ from deploy.flags import options
     positional=["action", "what", "person"],
     optional=["what", "person"],
     help={
-        "action": "deploy, status, users, cert or audit",
+        "action": "deploy, rollback, remove, status, users, cert or audit",
         "what": "with users: add, remove or list",
         "person": "the person's name, with users add and users remove",
         "gateway": "a gateway of config/hosts.toml (default: the only one)",
@@ -40,8 +40,9 @@ def gateway(
     """Let several people use ComfyUI over the network: HAProxy with TLS, logins, limits and an audit log.
 
     `[gateways.NAME]` in `config/hosts.toml` lists people, hosts and limits. `deploy` puts it in service; if HAProxy
-    does not serve, the previous configuration does again. Passwords are hashed on the host, and a token is shown once.
-    `cert` prints the certificate of the gateway's own authority, which people's browsers must trust.
+    does not serve, the previous release does again. `rollback` returns to that, and `remove` deletes everything.
+    Passwords are hashed on the host, and a token is shown once. `cert` prints the certificate of the gateway's own
+    authority, which people's browsers must trust.
     How: docs/how-to/share-over-the-network.md
 
         inv gateway deploy --dry-run
@@ -53,10 +54,10 @@ def gateway(
     """
     from gateway import control, people
 
-    if action == "deploy":
+    if change := {"deploy": control.deploy, "rollback": control.rollback, "remove": control.remove}.get(action):
         from ops import lifecycle
 
-        return lifecycle.show(control.deploy(gateway, options(sudo, how)), as_json=out.json, dry_run=how.dry_run)
+        return lifecycle.show(change(gateway, options(sudo, how)), as_json=out.json, dry_run=how.dry_run)
     if action == "status" or (action, what) == ("users", "list"):
         found = control.status(gateway, ask_sudo=sudo.ask_sudo)
         console.show(found, control.rows(found), as_json=out.json)

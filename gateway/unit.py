@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from core import workspace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from deploy.gateways import Gateway
 
 USER = "hearth-gateway"
@@ -15,18 +17,27 @@ USER = "hearth-gateway"
 
 
 def unit(
-    name: str, gateway: Gateway, service: str, folder: str, secrets: str, haproxy: str = "/usr/sbin/haproxy"
+    name: str,
+    gateway: Gateway,
+    service: str,
+    folder: str,
+    secrets: str,
+    guarded: Sequence[str] = (),
+    programs: str = "/usr/sbin",
 ) -> str:
     """The unit of a gateway beside ComfyUI's `service`.
 
-    `folder` has the releases of its configuration and the link `current`; `secrets` what belongs to its user alone.
+    `folder` has the releases of its configuration and the link `current`; `secrets` what belongs to its user alone;
+    `guarded` are the services of the ComfyUIs on its machine that only it may reach; `programs` has HAProxy and nft.
     """
     recipes = workspace.current().checkout / "recipes"
     values = {
         "name": name,
         "unit": f"{service}-gateway",
         "port": str(gateway.port),
-        "haproxy": haproxy,
+        "haproxy": f"{programs}/haproxy",
+        "nft": f"{programs}/nft",
+        "services": " ".join(f"{each}.service" for each in guarded),
         "folder": folder,
         "secrets": secrets,
         "user": USER,

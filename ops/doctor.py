@@ -14,6 +14,7 @@ from core import files
 from core.errors import HostError
 from deploy import host as hosts
 from deploy import plan
+from deploy.gateways import question, run_by
 from deploy.inputs import gather
 from deploy.look import find_target, questions
 from ops import fleet, workstation
@@ -64,7 +65,9 @@ def _one(agent: Agent, target: Target) -> list[Finding]:
     answer = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
     seen = msgspec.convert(answer, Probed)
     planned = plan.make(target, seen.facts, inputs, plan.Options())
-    case = Case(target, seen.facts, seen.live, seen.probe, inputs, planned, time.time())
+    runs = run_by(target.name, hosts.hosts())
+    gateway = {"name": runs[0], **agent.call("gateway", **question(runs[1]))} if runs else {}
+    case = Case(target, seen.facts, seen.live, seen.probe, inputs, planned, time.time(), gateway)
     return judge(case)
 
 

@@ -22,6 +22,8 @@ PACKAGES = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
     "apt-get": "apt",
     "ccache": "ccache",
+    "certutil": "libnss3-tools",
+    "chromium-headless-shell": "chromium-headless-shell",
     "debootstrap": "debootstrap",
     "docker-registry": "docker-registry",
     "dpkg-deb": "dpkg",
@@ -60,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--faults", action="store_true", help="every interruption at every step and operation, and many random times"
     )
     parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
+    parser.addoption("--browser", action="store_true", help="people use a deployed gateway by Chromium")
 
 
 def pytest_configure() -> None:

@@ -282,8 +282,15 @@ class Running:
             content = response.read()
             return Response(response.status, {k.lower(): v for k, v in response.getheaders()}, content)
 
-    def raw(self, sent: bytes, seconds: float = 30) -> bytes:
-        """What the gateway answers to these bytes, until it closes the connection."""
+    def memory(self) -> int:
+        """Resident bytes of all its processes."""
+        (listed,) = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        pids = [self.process.pid, *map(int, listed.read_text().split())]
+        pages = (int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        return sum(pages) * os.sysconf("SC_PAGESIZE")
+
+    def raw(self, sent: bytes, seconds: float = 30, *, first: bool = False) -> bytes:
+        """What the gateway answers to these bytes: the first block, or all until it closes the connection."""
         with (
             socket.create_connection(("127.0.0.1", self.port), seconds) as plain,
             self.tls.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
@@ -292,6 +299,8 @@ class Running:
             found = b""
             while block := connection.recv(65536):
                 found += block
+                if first:
+                    break
             return found
 
     async def websocket(self, user: str, path: str = "/ws") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

@@ -1,4 +1,4 @@
-"""Replace a gateway's configuration or unit; restore the previous ones if HAProxy does not serve with the new ones."""
+"""Replace a gateway's configuration, unit or firewall; restore the previous ones if HAProxy does not serve then."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from agent.files import AgentError, Json, Note, discard, link, read, write
 from agent.layout import Layout
 from agent.locks import flock
-from agent.look.gateway import current, gateway_unit, installed
+from agent.look.gateway import current, gateway_unit, installed, previous
 from agent.processes import run
 from agent.schema.change import Gateway
+from agent.serve import guard
 from agent.serve.gateway import GROUP, certify, folder_of, keep, share
 from agent.serve.systemd import Systemd, entries
 
@@ -26,19 +28,18 @@ SECONDS = 20
 
 
 def gateway(layout: Layout, step: Gateway, note: Note) -> None:
-    """Put the step's gateway in service, or remove it. On a failure, restore the previous one and raise AgentError.
+    """Put the step's gateway in service. On a failure, restore the previous one and raise AgentError.
 
     Records the previous one first, so that a resumed run restores that one and not the new one.
     """
     record = layout.state / "gateway-before.json"
-    before = read(record).get("gateway") if record.exists() else installed(layout)
-    write(record, json.dumps({"gateway": before}))
+    if not record.exists():
+        write(record, json.dumps({"gateway": installed(layout), "release": _release(layout)}))
+    before, release = (read(record).get(key) for key in ("gateway", "release"))
     try:
-        if step.gateway:
-            _certify(layout, step)
+        _certify(layout, step)
         put(layout, step.gateway)
-        if step.gateway:
-            _await_answer(step.address, step.port)
+        _await_answer(step.address, step.port)
     except (AgentError, OSError) as error:
         log = _log(layout)
         put(layout, before or {})
@@ -49,6 +50,9 @@ def gateway(layout: Layout, step: Gateway, note: Note) -> None:
         failure = AgentError("step", f"{what} in service", cause, hint)
         failure.report["log"] = log
         raise failure from None
+    write(current(layout) / "step.json", json.dumps(asdict(step)))
+    if release and release != _release(layout):
+        link(previous(layout), release)
     discard(record)
     _prune(layout)
 
@@ -66,13 +70,16 @@ def put(layout: Layout, wanted: Json) -> None:
             for path in placed:
                 discard(path)
             run([*systemd.ctl, "daemon-reload"])
+        guard.remove(layout)
         discard(current(layout))
         return
     _make_user()
     share(folder_of(layout))
-    digest = hashlib.sha256(wanted["configuration"].encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     release = current(layout).parent / "releases" / digest
     write(release / "haproxy.cfg", wanted["configuration"])
+    write(release / "access.json", json.dumps(wanted["access"]))
+    write(release / "firewall.nft", guard.rules(layout, wanted["access"]))
     check(layout, str(release / "haproxy.cfg"))
     same = installed(layout).get("unit") == wanted["unit"]
     link(current(layout), f"releases/{digest}")
@@ -83,6 +90,12 @@ def put(layout: Layout, wanted: Json) -> None:
         run([*systemd.ctl, "enable", name])
     subprocess.run([*systemd.ctl, "reset-failed", name], capture_output=True)
     run([*systemd.ctl, "reload-or-restart" if same else "restart", name])
+
+
+def _release(layout: Layout) -> str:
+    """The target of the link `current`; empty if there is none."""
+    link = current(layout)
+    return str(link.readlink()) if link.is_symlink() else ""
 
 
 def _certify(layout: Layout, step: Gateway) -> None:
@@ -124,10 +137,10 @@ def _await_answer(address: str, port: int) -> None:
 
 
 def _prune(layout: Layout) -> None:
-    """Delete all releases but the current one: the previous configuration is in the checkout's history."""
-    kept = current(layout).resolve()
+    """Delete all releases but the current and the previous one."""
+    kept = {current(layout).resolve(), previous(layout).resolve()}
     for path in (current(layout).parent / "releases").glob("*"):
-        if path != kept:
+        if path.resolve() not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 

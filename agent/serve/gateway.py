@@ -149,16 +149,24 @@ def certify(folder: Path, names: Sequence[str]) -> Json:
         _make_certificate(folder, dns, addresses)
         fresh = True
     share(folder)
-    return {"authority": (folder / "ca.pem").read_text(), "made": fresh, **validity(folder)}
+    return {"authority": (folder / "ca.pem").read_text(), "made": fresh, **validity(certificate)}
 
 
-def validity(folder: Path) -> Json:
-    """Return `until` when the certificate is valid (empty: there is none), and whether to `renew` it."""
-    certificate = folder / "certificate.pem"
-    if not certificate.exists():
-        return {"until": "", "renew": True}
-    until = run(["openssl", "x509", "-in", str(certificate), "-noout", "-enddate"]).strip().partition("=")[2]
-    return {"until": until, "renew": _expires_within(certificate, RENEW_DAYS)}
+def validity(certificate: Path, names: Sequence[str] = ()) -> Json:
+    """Return `until` when a certificate is valid (empty: there is none), whether it is `expired` or to `renew`.
+
+    `uncovered` are those of the names that it is not for.
+    """
+    ask = ["openssl", "x509", "-in", str(certificate), "-noout"]
+    try:
+        until = run([*ask, "-enddate"]).strip().partition("=")[2]
+    except AgentError:
+        return {"until": "", "expired": False, "renew": True, "uncovered": []}
+    uncovered = [
+        each for each in names if "does match" not in run([*ask, "-checkip" if _address(each) else "-checkhost", each])
+    ]
+    expired, renew = (_expires_within(certificate, days) for days in (0, RENEW_DAYS))
+    return {"until": until, "expired": expired, "renew": renew, "uncovered": uncovered}
 
 
 def _expires_within(certificate: Path, days: int) -> bool:

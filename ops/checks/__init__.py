@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ops.checks import gpu, host, memory, release, service
+from ops.checks import gateway, gpu, host, memory, release, service
 from ops.checks.case import Case, Check, Severity
 
 __all__ = ["CHECKS", "Case", "Check", "Severity"]
 
-CHECKS = (*release.CHECKS, *service.CHECKS, *memory.CHECKS, *gpu.CHECKS, *host.CHECKS)
+CHECKS = (*release.CHECKS, *service.CHECKS, *memory.CHECKS, *gpu.CHECKS, *host.CHECKS, *gateway.CHECKS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from agent.schema.facts import Facts
     from agent.schema.live import Live, Probe
@@ -20,7 +20,11 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Case:
-    """One host; `now` is this machine's clock (seconds since 1970)."""
+    """One host; `now` is this machine's clock (seconds since 1970).
+
+    `gateway` is what the agent reports of the gateway that runs there (`agent.look.gateway`), with its `name`; empty if
+    none does.
+    """
 
     target: Target
     facts: Facts
@@ -29,6 +33,7 @@ class Case:
     inputs: Inputs
     planned: Plan
     now: float
+    gateway: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def at(self) -> str:

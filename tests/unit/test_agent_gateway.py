@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -13,9 +15,10 @@ import pytest
 
 from agent.files import AgentError
 from agent.layout import Layout
+from agent.look import gateway as look
 from agent.serve import gateway as kept
 from deploy.gateways import Limits
-from tests.gateway import Running, basic, running
+from tests.gateway import Running, basic, free_port, running
 
 pytestmark = [pytest.mark.process, pytest.mark.needs("openssl", "haproxy")]
 
@@ -122,11 +125,65 @@ def test_the_authority_cannot_sign_for_other_names(layout: Layout, names: list[s
 def test_a_certificate_is_renewed_before_it_ends(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "DAYS", 29)
     first = ask(layout, "certificate", names=["spark.local"])
-    assert kept.validity(kept.folder_of(layout))["renew"]
+    served = kept.folder_of(layout) / "certificate.pem"
+    assert kept.validity(served)["renew"]
     monkeypatch.undo()
     renewed = ask(layout, "certificate", names=["spark.local"])
     assert (renewed["made"], renewed["authority"]) == (True, first["authority"])
     assert renewed["until"] != first["until"]
+
+
+def test_what_is_wrong_with_a_certificate_is_known(layout: Layout, tmp_path: Path) -> None:
+    """The answers of the real openssl: an old one, one for other names, and none."""
+    ask(layout, "certificate", names=["spark.local", "192.168.1.20"])
+    served = kept.folder_of(layout) / "certificate.pem"
+    well = kept.validity(served, ["spark.local", "192.168.1.20"])
+    assert {key: well[key] for key in ("expired", "renew", "uncovered")} == {
+        "expired": False, "renew": False, "uncovered": [],
+    }  # fmt: skip
+    assert kept.validity(served, ["spark.local", "box.local", "192.168.1.2"])["uncovered"] == [
+        "box.local",
+        "192.168.1.2",
+    ]
+    old = tmp_path / "old.pem"
+    key = f"{tmp_path}/key"
+    make = [
+        "openssl",
+        "req",
+        "-new",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-subj",
+        "/CN=x",
+    ]
+    make += ["-addext", "subjectAltName=DNS:*.home.local", "-keyout", key, "-out", f"{tmp_path}/request"]
+    subprocess.run(make, check=True, capture_output=True)
+    sign = ["openssl", "x509", "-req", "-in", f"{tmp_path}/request", "-signkey", key, "-days", "-1", "-out", str(old)]
+    subprocess.run([*sign, "-copy_extensions", "copyall"], check=True, capture_output=True)
+    found = kept.validity(old, ["spark.home.local", "spark"])
+    assert (found["expired"], found["renew"], found["uncovered"]) == (True, True, ["spark"])
+    assert kept.validity(tmp_path / "none.pem")["until"] == ""
+
+
+def test_a_certificate_that_was_renewed_is_noticed(layout: Layout, tmp_path: Path) -> None:
+    ask(layout, "certificate", names=["spark.local"])
+    given = tmp_path / "given.pem"
+    given.write_bytes((kept.folder_of(layout) / "certificate.pem").read_bytes())
+    port = free_port()
+
+    def looked() -> Any:
+        return look.gateway(layout, port, ["spark.local"], str(given))
+
+    assert (looked()["given"]["same"], looked()["given"]["uncovered"], looked()["holder"]) == (True, [], {})
+    given.write_text("another")
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", port))
+        held.listen()
+        assert (looked()["given"]["same"], looked()["given"]["until"]) == (False, "")
+        assert looked()["holder"]["pid"] == os.getpid()
 
 
 def verify(authority: Path, certificate: Path, name: str) -> None:

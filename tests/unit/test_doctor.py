@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -139,6 +140,36 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     assert services.splitlines()[2].split() == ["7" * 16, "not", "reached", *["-"] * 7]
     assert machines.splitlines()[2].split()[1:4] == ["RTX", "PRO", "6000"]
     assert machines.splitlines()[2].endswith("100.0 GB  9000.0 GB")
+
+
+GATEWAY: dict[str, Any] = {
+    "name": "home", "unit": "text", "active": True, "guarded": True, "holder": {}, "given": {},
+    "servers": [{"name": "spark", "state": "UP", "requests": 0}],
+    "certificate": {"until": "2027", "expired": False, "renew": False, "uncovered": []},
+    "journal": {"persistent": True, "free": 50, "total": 100},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "check"),
+    [
+        ({}, ""),
+        ({"unit": "", "active": False}, "gateway"),
+        ({"active": False}, "gateway"),
+        ({"guarded": False}, "gateway"),
+        ({"servers": [{"name": "spark", "state": "DOWN", "requests": 0}]}, "gateway"),
+        ({"servers": [{"name": "spark", "state": "MAINT", "requests": 0}]}, "gateway"),
+        ({"holder": {"pid": 1, "command": "nginx", "unit": None}}, "gateway-port"),
+        ({"certificate": {**GATEWAY["certificate"], "expired": True, "renew": True}}, "gateway-certificate"),
+        ({"certificate": {**GATEWAY["certificate"], "renew": True}}, "gateway-certificate"),
+        ({"certificate": {**GATEWAY["certificate"], "uncovered": ["spark.local"]}}, "gateway-certificate"),
+        ({"journal": {"persistent": False, "free": 50, "total": 100}}, "audit-log"),
+        ({"journal": {"persistent": True, "free": 4, "total": 100}}, "audit-log"),
+    ],
+)
+def test_problems_of_a_gateway_are_reported(values: dict[str, Any], check: str) -> None:
+    case = replace(seen(), gateway={**GATEWAY, **values})
+    assert [*found(case)] == ([check] if check else [])
 
 
 def test_troubleshooting_page_is_up_to_date() -> None:

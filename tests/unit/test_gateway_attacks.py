@@ -290,6 +290,50 @@ def test_nobody_takes_over_a_job_by_its_id(home: tuple[Running, StandIn]) -> Non
     assert gateway.ask("POST", "/interrupt", "cleo", body=f'{{"prompt_id": "{job}"}}'.encode()).status == 200
 
 
+def websocket_code(gateway: Running, user: str, query: str) -> bytes:
+    """The status of an attempt to open a websocket."""
+    login = f"Host: spark.local\r\nAuthorization: {basic(user)['Authorization']}\r\nUpgrade: websocket"
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13"
+    head = f"GET /ws{query} HTTP/1.1\r\n{login}\r\nConnection: Upgrade\r\n{key}\r\n\r\n"
+    return gateway.raw(head.encode(), first=True).split(b" ")[1]
+
+
+@pytest.mark.parametrize("first", ["socket", "prompt"])
+def test_nobody_takes_over_the_progress_of_another_by_the_client_id(home: tuple[Running, StandIn], first: str) -> None:
+    """ComfyUI sends progress and previews to the last websocket with an id, and /queue shows everybody all ids."""
+    gateway, comfy = home
+    name = f"id-of-cleo-{first}"
+    prompt = f'{{"client_id": "{name}", "prompt": {{}}}}'.encode()
+    if first == "socket":
+        assert websocket_code(gateway, "cleo", f"?clientId={name}") == b"101"
+    else:
+        assert gateway.ask("GET", "/", "cleo").status == 200
+        assert gateway.ask("POST", "/prompt", "cleo", body=prompt).status == 200
+    before = comfy.sockets
+    for each in ("ben", "anna"):
+        assert websocket_code(gateway, each, f"?clientId={name}") == b"403"
+        assert gateway.ask("POST", "/prompt", each, body=prompt).status == 403
+    assert comfy.sockets == before
+    assert websocket_code(gateway, "cleo", f"?clientId={name}") == b"101"
+    assert gateway.ask("POST", "/prompt", "cleo", body=prompt).status == 200
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["?client%%49d=%s", "?clientId=x&clientId=%s", "?clientId=%%69%s", "?x=1&clientId=%s", "?clientId=%s;x", "?x=1"],
+)
+def test_a_client_id_that_comfyui_could_read_otherwise_is_refused(home: tuple[Running, StandIn], query: str) -> None:
+    gateway, _ = home
+    assert websocket_code(gateway, "ben", query % "abc" if "%s" in query else query) == b"400"
+
+
+@pytest.mark.parametrize("query", ["", "?clientId=", "?clientId=0a1b-2c_3.d"])
+def test_a_page_opens_its_websocket_with_or_without_a_client_id(home: tuple[Running, StandIn], query: str) -> None:
+    """The page has none at first: ComfyUI tells it one."""
+    gateway, _ = home
+    assert websocket_code(gateway, "ben", query) == b"101"
+
+
 # --- how much, and how slowly -------------------------------------------------------------------------------------
 
 
@@ -305,17 +349,17 @@ def test_requests_and_prompts_are_limited_for_each_person(tmp_path: Path) -> Non
 
 def test_a_request_that_is_too_large_is_refused_before_it_is_sent(home: tuple[Running, StandIn]) -> None:
     gateway, comfy = home
-    limit = 1 << 20
+    limit = 1 << 20  # HAProxy 3.0 answers at once, too, and then waits for the body
     assert gateway.ask("POST", "/upload/image", "ben", body=b"x" * limit).status == 200
     assert len(comfy.received("/upload/image")) == 1
     login = f"Host: spark.local\r\nAuthorization: {basic('ben')['Authorization']}\r\nConnection: close"
     for size in (limit + 1, 2**31, 2**32 + 1, 10**12, 2**63 - 1, 2**63, 2**64 + 1):
         head = f"POST /upload/image HTTP/1.1\r\n{login}\r\nContent-Length: {size}\r\n\r\n"
-        assert gateway.raw(head.encode()).split(b" ")[1] in (b"413", b"400")
+        assert gateway.raw(head.encode(), first=True).split(b" ")[1] in (b"413", b"400")
     head = f"POST /upload/image HTTP/1.1\r\n{login}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert gateway.raw(head.encode()).startswith(b"HTTP/1.1 411 ")
+    assert gateway.raw(head.encode(), first=True).startswith(b"HTTP/1.1 411 ")
     both = f"POST /upload/image HTTP/1.1\r\n{login}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert gateway.raw(both.encode()).split(b" ")[1] in (b"400", b"411")
+    assert gateway.raw(both.encode(), first=True).split(b" ")[1] in (b"400", b"411")
     assert len(comfy.received("/upload/image")) == 1
 
 
@@ -367,11 +411,12 @@ def test_a_person_has_so_many_requests_at_the_same_time(tmp_path: Path) -> None:
 
 def test_200_websockets_of_several_people(home: tuple[Running, StandIn]) -> None:
     gateway, comfy = home
-    before = comfy.sockets
+    before, memory = comfy.sockets, gateway.memory()
 
     async def talk() -> list[bytes]:
         people = ["anna", "ben", "cleo"]
         opened = await asyncio.gather(*(gateway.websocket(people[i % 3]) for i in range(200)))
+        assert gateway.memory() - memory < 200 * 200_000  # idle, each keeps the state of its TLS and no buffer
         answer = await asyncio.to_thread(gateway.ask, "GET", "/", "ben")
         assert answer.status == 200
         for i, (_, writer) in enumerate(opened):

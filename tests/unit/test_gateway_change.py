@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from agent.change import gateway as change
-from agent.files import AgentError, Json
+from agent.files import AgentError, Json, read
 from agent.layout import Layout
-from agent.look.gateway import current, installed
+from agent.look.gateway import current, installed, previous
 from agent.schema.change import Gateway as Step
 from agent.serve import gateway as kept
 from agent.serve import systemd
@@ -26,7 +26,7 @@ from deploy.host import Host, Hosts
 from gateway.haproxy import Places, configuration
 from tests.gateway import basic, free_port
 
-pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
+pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl", "nft", "unshare")]
 
 SYSTEMCTL = """#!/bin/sh
 echo "$*" >>{place}/systemctl.log
@@ -56,7 +56,7 @@ class Served:
         secrets = str(kept.folder_of(self.layout))
         places = Places(secrets, str(self.place), f"{secrets}/certificate.pem")
         text = configuration("home", found, Hosts(hosts={"a": Host(address="a", port=free_port())}), places)
-        return {"unit": unit, "configuration": text + extra}
+        return {"unit": unit, "configuration": text + extra, "access": {"1": ["nobody", "no-such-user"]}}
 
     def apply(self, wanted: Json, certificate: str = "") -> None:
         names = ("127.0.0.1", "spark.local")
@@ -114,7 +114,28 @@ def test_another_configuration_is_loaded_without_a_restart(host: Served) -> None
     assert (host.code("spark.local"), host.code()) == (401, 401)
     assert (host.place / "pid").read_text() == master
     assert host.commands()[-1] == "reload-or-restart s-gateway.service"
-    assert len(list((host.place / "gateway/releases").iterdir())) == 1
+    assert len(list((host.place / "gateway/releases").iterdir())) == 2
+
+
+def test_the_release_before_is_kept_for_a_rollback(host: Served) -> None:
+    texts = [host.wanted(extra=f"\n# {i}\n") for i in range(3)]
+    for each in texts:
+        host.apply(each)
+        host.apply(each)  # again: the one before stays
+    assert read(previous(host.layout) / "step.json")["gateway"] == texts[1]
+    assert len(list((host.place / "gateway/releases").iterdir())) == 2
+    with pytest.raises(AgentError):
+        host.apply(host.wanted(extra="\nnonsense\n"))
+    assert read(previous(host.layout) / "step.json")["gateway"] == texts[1]
+
+
+def test_the_firewall_lets_named_users_and_services_through(host: Served) -> None:
+    """A user that does not exist yet is no error; as soon as it does, the rules are others."""
+    host.apply(host.wanted())
+    text = (current(host.layout) / "firewall.nft").read_text()
+    assert "dport 1 meta skuid != { 0, 65534, 61184-65519 } reject" in text
+    done = subprocess.run(["unshare", "-rn", "nft", "-f", current(host.layout) / "firewall.nft"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("extra", ["\nbackend comfyui\n", "\nnonsense\n"])
@@ -185,7 +206,7 @@ def test_a_given_certificate_is_used(host: Served) -> None:
 
 def test_a_removed_gateway_leaves_people_and_certificate(host: Served) -> None:
     host.apply(host.wanted())
-    host.apply({})
+    change.put(host.layout, {})
     assert (host.code(), installed(host.layout)) == (0, {})
     assert json.loads((kept.folder_of(host.layout) / "people.json").read_text()) == {}
     host.apply(host.wanted())

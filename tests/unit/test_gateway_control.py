@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.schema import change as schema
-from deploy import host
-from deploy.plan import Plan
+from deploy import browse, host
+from deploy.plan import Options, Plan
 from gateway import control
 from tests.errors import raises
 from tests.plans import running as running_facts
@@ -41,7 +41,17 @@ def reported(**values: Any) -> dict[str, Any]:
     right = control.wanted(name, found, "/opt/comfyui", "comfyui")
     certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
     people = {each: {"password": True, "tokens": 0} for each in found.users}
-    return {**right, "active": True, "there": True, "certificate": certificate, "people": people, **values}
+    more = {
+        "active": True,
+        "guarded": True,
+        "missing": [],
+        "servers": [],
+        "given": {},
+        "holder": {},
+        "certificate": certificate,
+        "people": people,
+    }
+    return {**right, **more, **values}
 
 
 def planned(facts: Any = None, **values: Any) -> Plan:
@@ -55,6 +65,34 @@ def test_a_gateway_as_configured_needs_nothing() -> None:
     assert (found.steps, found.refusals, found.notes) == ((), (), ())
 
 
+def test_the_firewall_lets_the_user_of_each_comfyui_through(written: Path) -> None:
+    """With scope user the agent, which asks for its health, is that user, too. Others are reached over the network."""
+    written.write_text(
+        HOSTS.replace("[gateways.home]", """
+[hosts.ann]
+address = "spark"
+profile = "cpu"
+port = 8288
+run_as = "ann"
+[hosts.ben]
+address = "spark"
+profile = "cpu"
+port = 8388
+scope = "user"
+user = "ben"
+[hosts.box]
+address = "box"
+profile = "cpu"
+listen = "192.168.1.20"
+[gateways.home]
+behind = ["spark", "ann", "ben", "box"]""")
+    )  # fmt: skip
+    name, found = control.find("")
+    access = control.wanted(name, found, "/opt/comfyui", "comfyui")["access"]
+    assert {port: names[2] for port, names in access.items()} == {"8188": "comfyui", "8288": "ann", "8388": "ben"}
+    assert {tuple(names[:2]) for names in access.values()} == {("hearth-gateway", "hearth-exporter")}
+
+
 @pytest.mark.usefixtures("written")
 @pytest.mark.parametrize(
     "values",
@@ -63,6 +101,9 @@ def test_a_gateway_as_configured_needs_nothing() -> None:
         {"unit": "other"},
         {"configuration": "other"},
         {"active": False},
+        {"guarded": False},
+        {"servers": [{"name": "spark", "state": "MAINT", "requests": 0}]},
+        {"access": {}},
         {"certificate": {"names": ["other"], "until": "2027", "renew": False}},
         {"certificate": {"names": ["192.168.1.20", "spark.local"], "until": "2026", "renew": True}},
     ],
@@ -75,27 +116,99 @@ def test_whatever_differs_is_one_step(values: dict[str, Any]) -> None:
     assert step.why
 
 
-def test_a_certificate_of_yours_is_not_compared(written: Path) -> None:
-    written.write_text(
-        f"{HOSTS}\n[gateways.home.limits]\nprompts = 5\n".replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1)
-    )
-    certificate = {"names": [], "until": "", "renew": True}
-    assert planned(certificate=certificate).steps == ()
-    (step,) = planned(active=False, certificate=certificate).steps
-    assert isinstance(step, schema.Gateway)
-    assert step.certificate == "/x.pem"
+GIVEN = {"same": True, "until": "2027", "expired": False, "renew": False, "uncovered": []}
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "refused"),
+    [
+        ({}, 0, []),
+        ({"same": False}, 1, []),
+        ({"renew": True}, 0, []),
+        ({"same": False, "expired": True}, 0, ["certificate"]),
+        ({"same": False, "uncovered": ["spark.local"]}, 0, ["certificate"]),
+        ({"same": False, "until": ""}, 0, ["certificate"]),
+    ],
+)
+def test_a_certificate_of_yours_is_used_if_it_is_valid(
+    written: Path, given: dict[str, Any], steps: int, refused: list[str]
+) -> None:
+    """The gateway's own is not looked at. A renewed file is deployed again."""
+    written.write_text(HOSTS.replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1))
+    found = planned(certificate={"names": [], "until": "", "renew": True}, given={**GIVEN, **given})
+    assert (len(found.steps), [each.kind for each in found.refusals]) == (steps, refused)
+    assert [each.certificate for each in found.steps if isinstance(each, schema.Gateway)] == ["/x.pem"] * steps
+    assert len(found.notes) == ("renew" in given)
+
+
+@pytest.mark.usefixtures("written")
+def test_a_port_that_another_program_uses_is_refused() -> None:
+    (refusal,) = planned(active=False, holder={"pid": 12, "command": "nginx", "unit": "nginx.service"}).refusals
+    assert (refusal.kind, "nginx" in refusal.what, "nginx.service" in refusal.remedy) == ("port-taken", True, True)
 
 
 @pytest.mark.usefixtures("written")
 def test_reasons_against_a_deploy() -> None:
-    assert [each.kind for each in planned(there=False).refusals] == ["no-haproxy"]
+    both = planned(missing=["/usr/sbin/haproxy", "/usr/sbin/nft"]).refusals
+    assert [(each.kind, each.remedy.rpartition(" ")[2]) for each in both] == [
+        ("no-program", "haproxy"),
+        ("no-program", "nftables"),
+    ]
     assert [each.kind for each in planned(replace(running_facts(), root=False)).refusals] == ["no-root"]
+
+
+@pytest.mark.usefixtures("written")
+def test_a_tunnel_to_a_host_behind_its_own_gateway_is_refused() -> None:
+    """The firewall lets no login reach ComfyUI."""
+    with raises("usage", match="only gateway home"):
+        browse.run("spark", "")
+
+
+@pytest.mark.usefixtures("written")
+def test_a_rollback_serves_the_release_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    planners: list[Any] = []
+    monkeypatch.setattr(control, "change_each", lambda _, change, __: planners.append(change.plan))
+    control.rollback("", Options())
+
+    class Reports:
+        def call(self, _: str, **__: Any) -> dict[str, Any]:
+            return found
+
+    found = reported(previous={})
+    (refusal,) = planners[0](Reports(), host.target("spark"), running_facts()).refusals
+    assert refusal.kind == "no-release"
+    (step,) = planned(unit="other").steps
+    assert isinstance(step, schema.Gateway)
+    before = {**asdict(step), "gateway": {**step.gateway, "configuration": "the one before"}}
+    found = reported(previous=before)
+    (back,) = planners[0](Reports(), host.target("spark"), running_facts()).steps
+    assert (back.gateway["configuration"], back.port) == ("the one before", 443)
+    found = reported(**back.gateway)
+    assert planners[0](Reports(), host.target("spark"), running_facts()).steps == ()
 
 
 @pytest.mark.usefixtures("written")
 def test_people_who_cannot_log_in_yet_are_named() -> None:
     (note,) = planned(people={"anna": {"password": True, "tokens": 0}}).notes
     assert "inv gateway users add ben" in note
+
+
+def test_the_status_names_what_is_wrong() -> None:
+    people = {"ben": {"role": "", "password": True, "tokens": 2}}
+    found: dict[str, Any] = {
+        "name": "home",
+        "host": "spark",
+        "address": "https://spark.local",
+        "state": "in service",
+        "people": people,
+    }
+    found |= {"guarded": True, "hosts": [{"name": "box", "state": "MAINT", "requests": 3}]}
+    found |= {"certificate": {"until": "2027", "expired": False, "uncovered": []}}
+    well = control.rows(found)
+    assert ["box", "MAINT", "3"] in [each.split() for each in well]
+    worse = {**found, "guarded": False, "certificate": {"until": "2025", "expired": True, "uncovered": ["spark.local"]}}
+    assert len(control.rows(worse)) == len(well) + 1
+    assert control.rows(worse)[0].endswith("certificate until 2025, expired, not for spark.local")
 
 
 def test_a_gateway_is_found_by_name_or_alone(written: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from agent.layout import Layout
+from agent.serve import balance
 from deploy.gateways import Limits, Person
-from tests.gateway import running
+from tests.gateway import closed, running
 
 pytestmark = [pytest.mark.process, pytest.mark.needs("haproxy", "openssl")]
 
@@ -76,8 +78,28 @@ def test_people_of_a_lost_host_get_another(tmp_path: Path) -> None:
     with running(tmp_path, hosts=2, hold="5s", edit=edit) as (gateway, hosts):
         first = gateway.ask("GET", "/", "ben").json["port"]
         next(each for each in hosts if each.port == first).stop()
-        gateway.ask("GET", "/", "ben")  # held until the host counts as down
+        assert gateway.ask("GET", "/", "ben").json["port"] != first  # after it waited for the lost one
         assert gateway.ask("GET", "/", "ben", seconds=5).json["port"] != first
+
+
+def test_a_host_lost_during_a_job_ends_its_websocket_and_its_people_go_on(tmp_path: Path) -> None:
+    """The page opens its websocket again, and asks the other host for the job, which does not know it."""
+    edit = {"inter 5s fastinter 2s downinter 2s": "inter 500ms"}
+    with running(tmp_path, hosts=2, hold="5s", edit=edit) as (gateway, hosts):
+
+        async def session() -> tuple[bytes, int]:
+            reader, writer = await gateway.websocket("ben")
+            (lost,) = [each for each in hosts if each.sockets]
+            await asyncio.to_thread(gateway.ask, "POST", "/prompt", "ben", body=b'{"prompt": {}}')
+            await asyncio.to_thread(lost.stop)
+            ended = await reader.read()
+            await closed(writer)
+            _, again = await gateway.websocket("ben")
+            await closed(again)
+            return ended, next(i for i, each in enumerate(hosts) if each is not lost)
+
+        ended, other = asyncio.run(asyncio.wait_for(session(), 60))
+        assert (ended, hosts[other].sockets) == (b"", 1)
 
 
 def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> None:
@@ -90,3 +112,69 @@ def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> 
         assert [gateway.ask("GET", "/", "ben").status for _ in range(2)] == [503, 503]
         assert gateway.ask("GET", "/", "anna").json["port"] == one.port
         assert len(one.requests) == 1
+
+
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A layout whose gateway has its socket in the test's folder."""
+    (tmp_path / "s-gateway").symlink_to(tmp_path)
+    monkeypatch.setattr(balance, "RUN", tmp_path)
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
+
+
+def states(layout: Layout) -> dict[str, str]:
+    return {each["name"]: each["state"] for each in balance.servers(layout)}
+
+
+def test_people_leave_a_host_before_it_is_replaced(
+    tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First only new people go elsewhere: whoever is there sees the jobs end. The last host keeps its people."""
+    with running(tmp_path, hosts=2) as (gateway, hosts):
+        first = gateway.ask("GET", "/", "ben").json["port"]
+        name = f"h{[each.port for each in hosts].index(first)}"
+        other = "h1" if name == "h0" else "h0"
+        assert balance.set_state(layout, name, "drain") == {"done": True}
+        assert gateway.ask("GET", "/", "ben").json["port"] == first
+        assert {gateway.ask("GET", "/", who).json["port"] for who in ("anna", "cleo")} != {first}
+        assert balance.set_state(layout, name, "maint") == {"done": True}
+        assert gateway.ask("GET", "/", "ben").json["port"] != first
+        assert states(layout) == {name: "MAINT", other: "UP"}
+        monkeypatch.setattr(balance, "PATIENCE", 0)
+        for state in ("drain", "maint"):
+            assert balance.set_state(layout, other, state) == {"done": False}
+        assert balance.set_state(layout, name, "ready") == {"done": True}
+        assert states(layout) == {name: "UP", other: "UP"}
+        assert balance.set_state(layout, "h9", "drain") == {"done": False}
+    assert balance.servers(layout) == []
+    assert balance.set_state(layout, name, "drain") == {"done": False}
+
+
+def test_no_request_fails_or_waits_while_two_hosts_are_replaced_in_turn(tmp_path: Path, layout: Layout) -> None:
+    with running(tmp_path, hosts=2, limits=Limits(requests=100_000, prompts=100_000)) as (gateway, hosts):
+        ended = False
+
+        def client(who: str) -> list[int]:
+            codes = []
+            while not ended:
+                codes.append(gateway.ask("POST", "/prompt", who, body=b'{"prompt": {}}').status)
+            return codes
+
+        async def session() -> list[list[int]]:
+            nonlocal ended
+            clients = [asyncio.ensure_future(asyncio.to_thread(client, who)) for who in ("anna", "ben", "cleo") * 2]
+            for i, each in enumerate(hosts):
+                for state in ("drain", "maint"):
+                    assert balance.set_state(layout, f"h{i}", state) == {"done": True}
+                await asyncio.sleep(0.5)  # what was being answered ends
+                each.stop()
+                before = len(hosts[1 - i].requests)
+                while len(hosts[1 - i].requests) < before + 20:
+                    await asyncio.sleep(0.05)
+                each.start()
+                assert balance.set_state(layout, f"h{i}", "ready") == {"done": True}
+            ended = True
+            return await asyncio.gather(*clients)
+
+        codes = [code for each in asyncio.run(asyncio.wait_for(session(), 120)) for code in each]
+        assert set(codes) == {200}

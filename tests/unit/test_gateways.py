@@ -48,7 +48,7 @@ def test_a_gateway_serves_its_own_host_by_default(written: Path) -> None:
     found = gateway(written, LEAST)
     known = host.hosts()
     assert gateways.members(found, known) == ["spark"]
-    assert gateways.endpoint(found, "spark", known.hosts["spark"]) == "127.0.0.1"
+    assert gateways.endpoint(found, known.hosts["spark"], known) == "127.0.0.1"
     assert host.target("spark").gateways == ("home",)
     assert host.target("box").gateways == ()
 
@@ -57,7 +57,22 @@ def test_groups_and_hosts_behind_a_gateway_are_each_there_once(written: Path) ->
     found = gateway(written, f'{LEAST}behind = ["box", "home"]')
     known = host.hosts()
     assert gateways.members(found, known) == ["box", "spark"]
-    assert gateways.endpoint(found, "box", known.hosts["box"]) == "192.168.1.20"
+    assert gateways.endpoint(found, known.hosts["box"], known) == "192.168.1.20"
+
+
+BEN = '[hosts.ben]\naddress = "spark"\nprofile = "cpu"\nservice = "ben"\nprefix = "/opt/ben"\nport = 8288\n'
+
+
+def test_other_entries_for_the_gateways_machine_are_reached_at_loopback(written: Path) -> None:
+    """They isolate people from each other."""
+    found = gateway(written, f'{LEAST}behind = ["spark", "ben"]\nusers.ben.host = "ben"\n{BEN}')
+    known = host.hosts()
+    assert gateways.endpoint(found, known.hosts["ben"], known) == "127.0.0.1"
+    with raises("config", match="needs no login"):
+        gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}listen = "192.168.1.20"')
+    with raises("config", match="login"):
+        gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}scope = "user"')
+    gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}scope = "user"\nuser = "ben"')
 
 
 def test_people_are_named_as_they_like(written: Path) -> None:

@@ -96,9 +96,11 @@ def test_the_unit_is_valid_and_contained(tmp_path: Path) -> None:
     """Exposure at most 2.0 of 10."""
     gateway = Gateway(host="a", names=("spark.local",), port=443)
     path = tmp_path / "comfyui-gateway.service"
-    path.write_text(
-        unit("home", gateway, "comfyui", "/opt/comfyui/gateway", "/opt/comfyui/gateway/secrets", "/bin/true")
-    )
+    folder = "/opt/comfyui/gateway"
+    text = unit("home", gateway, "comfyui", folder, f"{folder}/secrets", ["comfyui"], str(tmp_path))
+    for program in ("haproxy", "nft"):
+        (tmp_path / program).symlink_to("/bin/true")
+    path.write_text(text)
     words = ["systemd-analyze", "verify", "--man=no", str(path)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
