@@ -35,12 +35,11 @@ def kept(kind: type[T], read: Callable[..., T], *trees: Path) -> T:
 
 def place_of(kind: type[msgspec.Struct], *trees: Path) -> Path | None:
     """The file with what was read of these trees; None if they are not all fetched sources."""
-    cache = workspace.current().cache
-    if any(each.parent != cache / "sources" for each in trees):
+    if any(each.parent != workspace.current().cache / "sources" for each in trees):
         return None
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
     named = "-".join([*(each.name for each in trees), kind.__name__, hashlib.sha256(code).hexdigest()[:16]])
-    return cache / "interfaces" / f"{named}.json"
+    return workspace.current().cache / "interfaces" / f"{named}.json"
 
 
 @contextmanager
