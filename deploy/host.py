@@ -57,6 +57,8 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     version such as "0.30.0"."""
     scope: Literal["system", "user"] = "system"
     """Scope "system" needs root and systemd, "user" needs neither."""
+    runtime: Literal["native", "podman"] = "native"
+    """What runs ComfyUI: systemd itself ("native"), or a container of Podman, rootless with scope "user"."""
     prefix: str = ""
     """Where everything is installed; empty: `/opt/comfyui`, or `~/.local/share/hearth/comfyui` with scope "user"."""
     service: str = "comfyui"

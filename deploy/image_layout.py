@@ -129,15 +129,16 @@ class Layout:
     def _put(self, part: Path, kind: str, digest: str, size: int) -> Descriptor:
         found = {"mediaType": kind, "digest": f"sha256:{digest}", "size": size}
         if not self._holds(found):
-            part.replace(self._path(found))
+            part.replace(self.path(found))
         return found
 
     def _holds(self, found: Descriptor) -> bool:
         """Whether the layout has a blob, of its whole size."""
-        blob = self._path(found)
+        blob = self.path(found)
         return blob.exists() and blob.stat().st_size == int(found["size"])
 
-    def _path(self, found: Descriptor) -> Path:
+    def path(self, found: Descriptor) -> Path:
+        """The file of a blob."""
         return self._blobs / str(found["digest"]).removeprefix("sha256:")
 
     def image(
@@ -203,7 +204,7 @@ class Layout:
                 path.unlink()
 
     def _content(self, found: Descriptor) -> Any:
-        return json.loads(self._path(found).read_bytes())
+        return json.loads(self.path(found).read_bytes())
 
     def _reached(self, found: Descriptor) -> Iterator[str]:
         """The digests of everything that a descriptor leads to."""

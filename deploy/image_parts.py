@@ -43,7 +43,7 @@ def layers(selection: Selection, manifest: Mapping[str, Any]) -> dict[str, Layer
     """The layers of a release, those that change least first."""
     platform = Platform.parse(selection.lock.platform)
     groups = ["base", *(["compiler"] if selection.target.profile.cuda else [])]
-    found = {name: _debian(platform, name) for name in groups}
+    found = {name: debian(platform, name) for name in groups}
     found |= {name: _packages(platform, selection.python, pinned) for name, pinned in _pinned(selection).items()}
     app = selection.application
     found["app"] = _part(selection.app_part, app, app.writable, "comfyui")
@@ -58,7 +58,7 @@ def layers(selection: Selection, manifest: Mapping[str, Any]) -> dict[str, Layer
     return found
 
 
-def _debian(platform: Platform, group: str) -> Layer:
+def debian(platform: Platform, group: str) -> Layer:
     """A layer of Debian packages, with `/bin`, `/lib` and so on merged into `/usr`."""
 
     def merged() -> Iterator[Entry]:

@@ -61,6 +61,7 @@ def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
         "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
         "packages": list(packages),
         "metrics_port": host.metrics_port,
+        "engine": host.runtime == "podman",
     }
 
 

@@ -175,7 +175,7 @@ def _steps(
         steps.append(_release_step(wanted, "to allow a rollback"))
     elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
-    replaced = any(step.kind in ("app", "env", "node", "release") for step in steps) or not facts.service.linked
+    replaced = any(step.kind in ("base", "app", "env", "node", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
         why = (
             "the running release was modified on disk"
@@ -191,9 +191,9 @@ def _steps(
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
         steps.append(schema.Serve(title, f"it is not {', not '.join(missing)}", f"stop {host.service}"))
-    if changed := exporter.change(target, facts, selection.interpreter):
+    if changed := exporter.change(target, facts, selection.agent_python):
         steps.append(changed)
-    made = any(step.kind in ("app", "env", "node", "exporter", "release", "cut-over") for step in steps)
+    made = any(step.kind in ("base", "app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
 
@@ -264,9 +264,12 @@ def _part_steps(facts: Facts, selection: Selection, wanted: Mapping[str, Any]) -
         error = facts.parts.get(part, "")
         return f"{part} is damaged: {error}" if error else "the host lacks it"
 
+    if (part := selection.base_part) and not _holds(facts, part):
+        title = f"make {part}: the root file system of the container, Python {selection.python}"
+        steps.append(schema.Base(title, why(part), PRUNED, part, selection.part_python))
     if not _holds(facts, part := selection.app_part):
         title, writable = f"make {part}: ComfyUI {selection.application.version}", tuple(selection.application.writable)
-        steps.append(schema.App(title, why(part), PRUNED, part, selection.interpreter, writable, "comfyui"))
+        steps.append(schema.App(title, why(part), PRUNED, part, selection.part_python, writable, "comfyui"))
     if not _holds(facts, part := selection.env_part):
         if selection.uv not in facts.tools:
             steps.append(schema.Tool(f"send uv ({selection.uv[:12]})", "it installs the environment", "pruned later"))
@@ -287,12 +290,13 @@ def _env_step(selection: Selection, why: str, *, repair: bool) -> Step:
         why=why,
         undo=PRUNED,
         part=selection.env_part,
-        python=selection.interpreter,
+        python=selection.part_python,
         repair=repair,
         requirements=selection.requirements,
         kernels=tuple(wheel.file for wheel in selection.wheels),
         version=selection.python,
         asking=tuple(selection.requesters),
+        inside=selection.interpreter if selection.base_part else "",
     )
 
 
@@ -303,7 +307,7 @@ def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Map
         why=why,
         undo=PRUNED,
         part=part,
-        python=selection.interpreter,
+        python=selection.part_python,
         writable=tuple(node.writable),
         keeps=f"nodes/{name}",
         node=name,
@@ -316,7 +320,7 @@ def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Map
         network=bool(node.install_network),
         confined=tuple(wanted.get("confined", ())),
         environment=wanted["environment"],
-        unit=wanted["files"][f"{selection.target.host.service}.service"],
+        unit=wanted["files"].get(f"{selection.target.host.service}.service", ""),
     )
 
 

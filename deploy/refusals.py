@@ -112,8 +112,9 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
         found.append(Refusal("deployed-otherwise", what, remedy))
 
     units = (facts.release(facts.current) or {}).get("files", {})
-    served = min((each for each in units if each.endswith(".service")), key=len, default="")  # companions are longer
-    for old in {served.removesuffix(".service"), place.service if facts.current else ""} - {"", host.service}:
+    ends = (".container", ".service")
+    served = min((each for each in units if each.endswith(ends)), key=len, default="")  # companions are longer
+    for old in {served.partition(".")[0], place.service if facts.current else ""} - {"", host.service}:
         what = f"{facts.prefix} was deployed as service {old}, and the configuration says {host.service}"
         add(what, f'set service = "{old}" so that its units are found; {first}')
     if facts.current and place.scope and place.scope != host.scope:

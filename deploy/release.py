@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core.errors import HostError
-from deploy import units
+from deploy import containers, units
 from lock.requirements import MANAGER
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def manifest(selection: Selection, prefix: str) -> dict[str, Any]:
         "platform": selection.lock.platform,
         "profile": target.profile_name,
         "parts": {
+            **({"base": selection.base_part} if selection.base_part else {}),
             "app": selection.app_part,
             "env": selection.env_part,
             **{f"custom_nodes/{name}": part for name, part in selection.node_parts.items()},
@@ -168,11 +169,16 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
     environment = _environment(target, data)
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     running["empty"] = empty
-    confined = units.confinement(selection, prefix, place)
-    running |= {"confined": confined} if confined else {}
-    files[f"{target.host.service}.service"] = units.service(
-        selection, [*confined, *argv], environment, data, release, more
-    )
+    if selection.base_part:
+        tls = all(flag in target.flags for flag in TLS_FLAGS)
+        text = containers.unit(selection, argv, environment, prefix, release, tls=tls)
+        files[f"{target.host.service}.container"] = text
+    else:
+        confined = units.confinement(selection, prefix, place)
+        running |= {"confined": confined} if confined else {}
+        files[f"{target.host.service}.service"] = units.service(
+            selection, [*confined, *argv], environment, data, release, more
+        )
     for name, text in units.companions(selection, prefix, release, developed).items():
         files[f"{target.host.service}-{name}"] = text
     # read by the supervisor, which does this itself, and by the units' processes
@@ -194,6 +200,8 @@ def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, sea
 
 def _environment(target: Target, data: str) -> dict[str, str]:
     """The service's environment variables."""
+    # A system unit has a /tmp of its own on the disk; a container's is in memory.
+    own_tmp = target.host.scope == "user" or target.host.runtime == "podman"
     return {
         "HOME": f"{data}/cache",  # for libraries' caches and settings; the service has no other home
         "XDG_CACHE_HOME": f"{data}/cache",
@@ -208,7 +216,7 @@ def _environment(target: Target, data: str) -> dict[str, str]:
         "GIT_PYTHON_REFRESH": "quiet",  # nodes without use for git import GitPython, which fails without one
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
-        **({"TMPDIR": f"{data}/cache/tmp"} if target.host.scope == "user" else {}),  # a system unit has its own /tmp
+        **({"TMPDIR": f"{data}/cache/tmp"} if own_tmp else {}),
         **target.env,
     }
 

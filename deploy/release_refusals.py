@@ -217,7 +217,8 @@ def broken_release(target: Target, facts: Facts, to: str) -> list[Refusal]:
     if damaged:
         what = f"release {to} cannot run: {', '.join(damaged)} is missing or damaged"
         found.append(Refusal("damaged-release", what, remedy))
-    unit = manifest.get("files", {f"{host.service}.service": ""}).get(f"{host.service}.service")
+    listed = manifest.get("files", {f"{host.service}.service": ""})
+    unit = listed.get(f"{host.service}.container", listed.get(f"{host.service}.service"))
     if unit is None or (host.scope == "system" and unit and f"\nUser={host.run_as}\n" not in unit):
         what = f"release {to} was made for another service or user than {host.service} and {host.run_as}"
         found.append(Refusal("other-release", what, remedy))

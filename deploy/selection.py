@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
+from core.stack import Platform
+from deploy import container_refusals, containers
 from deploy import release_refusals as refusals
 from deploy.refusals import Refusal, refused
 from deploy.release import digest, requesters
+from lock import image_base
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +44,12 @@ class Selection:
     nodes: Mapping[str, Node]
     model_folders: Mapping[str, Sequence[str]]
     secrets: Mapping[str, str] = field(default_factory=dict)
+    base_part: str = ""
+    """The part that holds the root file system of a container; empty: no container."""
+    prefix: str = ""
+    """The host's prefix, with a container."""
+    own_python: str = ""
+    """The host's own Python, with a container."""
 
     @property
     def app_part(self) -> str:
@@ -52,6 +61,16 @@ class Selection:
         """The part that holds the virtual environment."""
         wheels = sorted(wheel.sha256 for wheel in self.wheels)
         return f"env-{digest([LAYOUT, self._locked, self.interpreter, wheels, self.uv])}"
+
+    @property
+    def agent_python(self) -> str:
+        """The Python that runs the agent's units, outside of a container."""
+        return self.own_python or self.interpreter
+
+    @property
+    def part_python(self) -> str:
+        """The Python that makes parts. A container's runs outside of it, too, from its part."""
+        return f"{self.prefix}/parts/{self.base_part}{self.interpreter}" if self.base_part else self.interpreter
 
     @property
     def pinned(self) -> dict[str, Node]:
@@ -96,16 +115,21 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
     if profile.cuda:
         found += refusals.gpu(target, facts)
     listed = [each for each in profile.pythons if (facts.platform, each) in inputs.locks]
+    contained = target.host.runtime == "podman"
     python = next((each for each in listed if each in facts.pythons), "")
-    if not python:
+    if not (python or (contained and facts.pythons)):
         return None, [*found, refusals.no_python(listed, facts)]
+    if contained:
+        python, found = image_base.base().python, found + container_refusals.unfit(target, facts, inputs)
+        if (facts.platform, python) not in inputs.locks:
+            return None, [*found, refusals.no_lock(facts.platform, python, inputs)]
     wheels: list[Manifest] = []
     for kernel in profile.kernels:
         wheel = find_wheel(inputs, kernel, target, facts.platform, python)
         if isinstance(wheel, Refusal):
             found.append(wheel)
         else:
-            found += refusals.old_libraries(wheel, facts)
+            found += refusals.old_libraries(wheel, image_base.base() if contained else facts)
             wheels.append(wheel)
     lock = inputs.locks[facts.platform, python]
     found += refusals.uncovered(target, inputs, lock)
@@ -114,12 +138,15 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
         application=inputs.application,
         lock=lock,
         python=python,
-        interpreter=facts.pythons[python],
+        interpreter=f"/usr/bin/python{python}" if contained else facts.pythons[python],
         wheels=tuple(wheels),
         uv=inputs.uv,
         nodes={name: node for name, node in inputs.nodes.items() if name not in lock.unavailable},
         model_folders=inputs.model_folders,
         secrets={name: facts.secrets.get(name, "plain") for name in target.host.secrets},
+        base_part=containers.base_part(Platform.parse(facts.platform), cuda=profile.cuda) if contained else "",
+        prefix=facts.prefix if contained else "",
+        own_python=next(iter(facts.pythons.values())) if contained else "",
     )
     return selection, found
 

@@ -68,7 +68,7 @@ def confinement(selection: Selection, prefix: str, place: str) -> list[str]:
         return []
     elif host.scope == "user":
         options["folder"] = f"{prefix}/secrets"
-    return [selection.interpreter, "-I", "-S", f"{place}/agent", "confine", json.dumps(options), "--"]
+    return [selection.agent_python, "-I", "-S", f"{place}/agent", "confine", json.dumps(options), "--"]
 
 
 # Never reachable for a service: link-local neighbours, and the metadata addresses of clouds, which return credentials
@@ -110,7 +110,6 @@ def service(
     """The systemd unit, from the template of the host's scope; `more` are additional lines."""
     target = selection.target
     host, profile = target.host, target.profile
-    lines = [f'Environment="{name}={_quoted(value)}"' for name, value in environment.items()]
     storage = f"{host.service}-storage.service"
     values = {
         "service": host.service,
@@ -121,16 +120,31 @@ def service(
         "data": data,
         "folders": " ".join(host.folders.values()),
         "storage": f"BindsTo={storage}\nAfter={storage}" if host.mounts else "",
-        "network": _NETWORK[profile.network],
+        "network": network(profile),
         "names": "" if profile.network == "offline" else _NAMES,
         "command": command_line(command),
-        "environment": "\n".join(lines),
+        "environment": variables(environment),
         "restart": profile.restart,
-        "limits": f"MemoryMax={profile.memory_max}" if profile.memory_max else "",
+        "limits": limits(profile),
         **devices(profile),
         "more": "\n".join(more),
     }
     return filled(host.scope, values)
+
+
+def variables(environment: Mapping[str, str]) -> str:
+    """The unit lines that set environment variables."""
+    return "\n".join(f'Environment="{name}={_quoted(value)}"' for name, value in environment.items())
+
+
+def limits(profile: Profile) -> str:
+    """The unit lines of the configured limits."""
+    return f"MemoryMax={profile.memory_max}" if profile.memory_max else ""
+
+
+def network(profile: Profile) -> str:
+    """The unit lines that limit the network."""
+    return _NETWORK[profile.network]
 
 
 def companions(selection: Selection, prefix: str, release: str, developed: Mapping[str, str]) -> dict[str, str]:
@@ -142,7 +156,7 @@ def companions(selection: Selection, prefix: str, release: str, developed: Mappi
         # Use the release's own agent: another client's submit replaces the one in state/. Do not use the environment's
         # Python: its packages would run as root.
         agent = f"{prefix}/releases/{release}/agent"
-        return command_line([selection.interpreter, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
+        return command_line([selection.agent_python, "-I", "-S", agent, verb, f"{prefix}/state/site.json"])
 
     values = {
         "service": host.service,

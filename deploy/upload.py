@@ -13,6 +13,7 @@ from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
 from core.errors import SourceError
 from core.stack import Platform
+from deploy import containers
 from lock import nodes, requirements
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class Upload:
         if isinstance(step, schema.Tool):
             blob = self._blob(lockfile.install("uv", platform, "3.11") / "bin/uv")
             return replace(step, name=self.inputs.uv, blob=blob)
+        if isinstance(step, schema.Base):
+            cuda = containers.base_part(platform, cuda=True) == step.part
+            return replace(step, blobs=tuple(map(self._blob, containers.archives(platform, self.scratch, cuda=cuda))))
         if isinstance(step, schema.App):
             return self.pack_tree(step, "app", source.intact(self.inputs.application))
         if isinstance(step, schema.Node):

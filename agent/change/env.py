@@ -127,3 +127,8 @@ def _install(layout: Layout, step: Env, place: Path, wheels: Path, environment: 
         raise
     finally:
         listed.unlink()
+    if step.inside:  # uv has linked the interpreter of the part with the container's root file system
+        link(place / "bin/python", step.inside)
+        config = place / "pyvenv.cfg"
+        home = f"home = {os.path.dirname(step.inside)}"  # noqa: PTH120
+        write(config, re.sub(r"^home = .*", home, config.read_text(), flags=re.MULTILINE))

@@ -37,7 +37,7 @@ from agent.change.lifecycle import (
 from agent.change.memory import drop_caches
 from agent.change.releases import prune, release, serve
 from agent.change.settings import apply_setting, undo_settings
-from agent.change.trees import app, node, tool
+from agent.change.trees import app, base, node, tool
 from agent.change.trial import trial_of
 from agent.files import AgentError, Json, Note, append, cut, os_error, read, remove_drafts, retried, sha256, sync, write
 from agent.install import install
@@ -46,7 +46,7 @@ from agent.layout import Layout
 from agent.locks import flock, free, holders
 from agent.processes import end_with_programs, wait_for
 from agent.requester import asker
-from agent.schema.change import CutOver, Env, Release, Step, Stop, Tree, unpacked
+from agent.schema.change import Base, CutOver, Env, Release, Step, Stop, Tree, unpacked
 from agent.serve.managers import manager_of
 from agent.serve.systemd import Systemd
 
@@ -58,6 +58,7 @@ STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
     "mount": mount,
     "folders": folders,
     "tool": tool,
+    "base": base,
     "app": app,
     "env": env,
     "node": node,
@@ -153,7 +154,7 @@ def _missing(layout: Layout, steps: list[Step]) -> set[str]:
         if isinstance(step, Release):
             parts |= set(step.release["parts"].values())
             releases.discard(step.release["id"])
-    parts -= {step.part for step in steps if isinstance(step, (Tree, Env))}
+    parts -= {step.part for step in steps if isinstance(step, (Base, Tree, Env))}
     lack = {name for name in parts if not (layout.parts / name).is_dir()}
     return lack | {name for name in releases if not layout.manifest(name)}
 

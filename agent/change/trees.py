@@ -16,7 +16,7 @@ from agent.folders import inside, tree
 from agent.layout import Layout
 from agent.parts import as_service, contents, part
 from agent.processes import run
-from agent.schema.change import Env, Node, Tool, Tree
+from agent.schema.change import Base, Env, Node, Tool, Tree
 from agent.serve.sandbox import confined_to, sandboxed
 
 
@@ -39,6 +39,16 @@ def tool(layout: Layout, step: Tool, note: Note) -> None:
         blob = receive_blob(layout, step.blob)
         blob.chmod(0o755)  # copy() keeps the mode
         copy(blob, place)
+
+
+def base(layout: Layout, step: Base, note: Note) -> None:
+    """Create the root file system of containers. Raises AgentError if its Python does not run on this host."""
+    with part(layout, step.part) as place:
+        for blob in step.blobs:
+            with tarfile.open(receive_blob(layout, blob)) as archive:
+                archive.extractall(place)  # trusted archive, checked by hash; 3.10 may lack filters
+        python = str(place / os.path.relpath(step.python, layout.parts / step.part))
+        run([python, "-I", "-S", "-c", "import multiprocessing, pyexpat, zlib"])  # it makes other parts
 
 
 def app(layout: Layout, step: Tree, note: Note) -> None:

@@ -272,14 +272,19 @@ class SystemdTrial(Trial):
         self.unit = Systemd(Layout({**layout.json, "service": f"{layout.service}-trial"}))
         self.drop_ins = self.unit.units / f"{layout.service}.service.d"
         system = layout.scope == "system"
-        self.unit.units = Path("/run/systemd/system" if system else f"/run/user/{os.getuid()}/systemd/user")
+        own = Path("/run" if system else f"/run/user/{os.getuid()}")
+        self.unit.units = own / f"systemd/{'system' if system else 'user'}"
+        self.unit.quadlets = own / "containers/systemd"  # podman-systemd.unit(5)
         self.place = self.unit.units / self.unit.unit
 
     def start(self, release: Json) -> None:
         """Start a release. The service's drop-ins (systemctl edit) apply to the trial, too."""
-        text = (self.layout.releases / release["id"] / f"{self.layout.service}.service").read_text()
-        proofs = sum(2 * (each.seconds + EXAMINE_SECONDS) for each in self.proofs)
-        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={release['gate']['seconds'] + 900 + proofs}", "ExecStart="]
+        container = self.layout.releases / release["id"] / f"{self.layout.service}.container"
+        if container.exists():
+            self.start_container(release, container.read_text())
+            return
+        text = container.with_suffix(".service").read_text()
+        lines = ["[Service]", "Restart=no", f"RuntimeMaxSec={self.seconds(release)}", "ExecStart="]
         if self.layout.scope == "system":
             # Mount all of the real data read-only for its models: if `models` were a symlink, systemd would follow it
             # as root. The trial follows it inside its sandbox.
@@ -305,11 +310,45 @@ class SystemdTrial(Trial):
         run([*self.unit.ctl, "daemon-reload"])
         self.unit.start()
 
+    def seconds(self, release: Json) -> int:
+        """Return the longest time that it may run."""
+        proofs = sum(2 * (each.seconds + EXAMINE_SECONDS) for each in self.proofs)
+        return int(release["gate"]["seconds"] + 900 + proofs)
+
+    def start_container(self, release: Json, text: str) -> None:
+        """Start a release in a container of its own, which has the scratch data in place of the real data."""
+        real = Path(f"/run/{self.layout.service}-data")
+        self.prepare(release, real / "models")
+        models = self.layout.elsewhere.get("models", "")
+        command = shlex.join(self.argv)
+        if check := imports(release):
+            command = shlex.join(["/bin/sh", "-c", f"{shlex.join(check)} && exec {command}"])
+        lines = {
+            "[Container]": [
+                f"ContainerName={self.unit.layout.service}",
+                f"Exec={command.replace('%', '%%').replace('$', '$$')}",
+                *(f"Volume={place}:{path}:rw,z" for path, place in self.places.items()),
+                f"Volume={self.layout.data}:{real}:ro",
+                *([f"Volume={models}:{models}:ro"] if models else []),
+            ],
+            "[Service]": ["Restart=no", f"RuntimeMaxSec={self.seconds(release)}"],
+        }
+        replaced = re.compile(r"(ContainerName|Exec|Notify|Health\w+|Restart)=|Volume=.*:rw,z$|.*-storage\.service$")
+        kept = [line for line in text.splitlines() if not replaced.match(line)]
+        found = [each for line in kept for each in (line, *lines.get(line, ()))]
+        write(self.unit.place(self.unit.container), "\n".join(found) + "\n")
+        for each in self.drop_ins.glob("*.conf"):
+            link(self.place.with_name(f"{self.place.name}.d") / each.name, each)
+        run([*self.unit.ctl, "daemon-reload"])
+        self.unit.start()
+
     def stop(self) -> None:
         """Stop it if it runs, and remove its unit."""
-        if self.place.exists():
+        container = self.unit.place(self.unit.container)
+        if self.place.exists() or container.exists():
             self.unit.stop()
-            self.place.unlink()
+            self.place.unlink(missing_ok=True)
+            container.unlink(missing_ok=True)
             shutil.rmtree(self.place.with_name(f"{self.place.name}.d"), ignore_errors=True)
             run([*self.unit.ctl, "daemon-reload"])
             subprocess.run([*self.unit.ctl, "reset-failed", self.unit.unit], capture_output=True)

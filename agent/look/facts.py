@@ -18,6 +18,7 @@ from agent.folders import mounts
 from agent.journal import DEPLOYS, AdoptionJournal, SettingsJournal, busy, history, last
 from agent.layout import DATA, Layout
 from agent.look.accounts import account_problem, group_members, member_rights, user_exists
+from agent.look.engine import engine
 from agent.look.exporter import exporter
 from agent.look.machine import libstdcxx, nvidia, os_release, packages, pythons
 from agent.look.ports import port_holder
@@ -121,6 +122,7 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         last=last(runs),
         deployed=last(runs, *DEPLOYS),
         parts=parts(),
+        engine=engine(layout) if ask.get("engine") else None,
     )
 
 

@@ -88,6 +88,16 @@ class Tree(Step):
 
 
 @dataclass(frozen=True)
+class Base(Step):
+    """Create the part with the root file system of containers."""
+
+    kind = "base"
+    part: str
+    python: str  # path of its interpreter, outside of a container
+    blobs: tuple[str, ...] = ()  # SHA-256 of archives, unpacked in this order; set when packed
+
+
+@dataclass(frozen=True)
 class App(Tree):
     """Create ComfyUI's part."""
 
@@ -150,6 +160,7 @@ class Env(Step):
     tool: str = ""  # version of uv; set, like the following fields, when packed
     wheels: tuple[WheelFile, ...] = ()
     offline: bool = False  # all packages are among the wheels
+    inside: str = ""  # path of the base interpreter in a container; empty: no container
 
 
 @dataclass(frozen=True)
@@ -358,6 +369,7 @@ KINDS: dict[str, type[Step]] = {
             Mount,
             Folders,
             Tool,
+            Base,
             App,
             Exporter,
             Gateway,

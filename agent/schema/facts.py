@@ -128,6 +128,17 @@ class MountState:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """Podman, and what containers need."""
+
+    version: str  # empty: not installed
+    quadlet: bool  # it has its systemd generator
+    controllers: tuple[str, ...] | None  # what units of the scope can limit; None: no unified control groups
+    subids: bool  # the login has subordinate user and group ids
+    devices: tuple[str, ...]  # CDI devices of the GPU, such as "nvidia.com/gpu=all"
+
+
+@dataclass(frozen=True)
 class Facts:
     """The state of a host (`agent.look.facts.facts`)."""
 
@@ -193,6 +204,7 @@ class Facts:
     databases: dict[str, str] = field(
         default_factory=dict
     )  # releases whose database a newer ComfyUI has migrated: when
+    engine: Engine | None = None  # None: not asked for
 
     @property
     def platform(self) -> str:

@@ -27,7 +27,7 @@ def manager_of(layout: Layout) -> Manager:
     name = read(layout.choice).get("manager")
     if not name:  # not installed, or by an older version without this record
         lingers = Path("/var/lib/systemd/linger", login()).exists()
-        placed = (systemd.units / systemd.unit).is_symlink()
+        placed = any(systemd.place(each).is_symlink() for each in (systemd.unit, systemd.container))
         by_systemd = not supervised.enabled.exists() and (placed or (lingers and user_systemd()))
         name = systemd.name if by_systemd else supervised.name
     if name == supervised.name:

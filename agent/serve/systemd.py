@@ -13,10 +13,10 @@ from pathlib import Path
 
 from agent.files import AgentError, discard, link, read_text, write
 from agent.layout import Layout
-from agent.processes import last_of, run
+from agent.processes import last_of, run, wait_for
 from agent.schema.facts import Service
 
-UNITS = Path("/etc/systemd/system")
+UNITS, QUADLETS = Path("/etc/systemd/system"), Path("/etc/containers/systemd")
 
 
 def entries(folder: Path, unit: str) -> list[Path]:
@@ -30,13 +30,15 @@ class Systemd:
 
     The unit file is a link to `current/<service>.service`, so that switching the release switches the unit. So are the
     files of its companions `<service>-*`, which wait for mounts or run on a timer. Companions with an [Install] section
-    are started at boot and with the service.
+    are started at boot and with the service. A release that runs in a container has `<service>.container` instead, of
+    which Quadlet makes the unit `<service>.service` at each reload.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.name = f"systemd-{layout.scope}"
         self.unit = f"{layout.service}.service"
+        self.container = f"{layout.service}.container"
         self.storage = f"{layout.service}-storage.service"  # waits for mounts, if any
         self.apply_unit = f"{layout.service}-apply.service"
         self.exporter_unit = f"{layout.service}-exporter.service"
@@ -45,7 +47,16 @@ class Systemd:
         if not system:
             find_runtime()
         self.units = UNITS if system else Path.home() / ".config/systemd/user"
+        self.quadlets = QUADLETS if system else Path.home() / ".config/containers/systemd"
         self.target = "multi-user.target" if system else "default.target"
+
+    def place(self, name: str) -> Path:
+        """Return where a unit's or container's file is installed."""
+        return (self.quadlets if name.endswith(".container") else self.units) / name
+
+    def _contained(self) -> bool:
+        """Return whether the current release runs in a container."""
+        return (self.layout.current / self.container).exists()
 
     def _wants(self, unit: str) -> Path:
         return self.units / f"{self.target}.wants" / unit
@@ -65,8 +76,14 @@ class Systemd:
             linked=self._linked(),
             restarts=int(values.get("NRestarts") or 0),
             since=values.get("ActiveEnterTimestamp", ""),
-            pid=int(values.get("MainPID") or 0),
+            pid=self._pid(int(values.get("MainPID") or 0)),
         )
+
+    def _pid(self, main: int) -> int:
+        """Return ComfyUI's process; a container's main process is the engine's monitor, whose child it is."""
+        if main and self._contained():
+            return int((read_text(Path(f"/proc/{main}/task/{main}/children")).split() or ["0"])[0])
+        return main
 
     def _shown(self, unit: str, fields: str) -> dict[str, str]:
         lines = run([*self.ctl, "show", unit, f"--property={fields}"]).splitlines()
@@ -74,7 +91,8 @@ class Systemd:
 
     def _links(self) -> dict[Path, str]:
         """Return the current release's links in systemd's folder: path -> target."""
-        found = {self.units / self.unit: str(self.layout.current / self.unit)}
+        main = self.container if self._contained() else self.unit
+        found = {self.place(main): str(self.layout.current / main)}
         for name in self._companions():
             found[self.units / name] = str(self.layout.current / name)
             for target in re.findall(r"^WantedBy=(.+)$", read_text(self.layout.current / name), re.MULTILINE):
@@ -88,17 +106,25 @@ class Systemd:
 
     def _linked_companions(self) -> list[str]:
         """Return the linked companions, including those of an earlier release."""
-        listed = (path for path in self.units.glob(f"{self.layout.service}-*") if path.is_symlink())
-        return [path.name for path in listed if path.readlink().parent == self.layout.current]
+        return [path.name for path in self.units.glob(f"{self.layout.service}-*") if self._ours(path)]
+
+    def _ours(self, path: Path) -> bool:
+        """Return whether a path is a link to a file of the current release, which may lack it."""
+        return path.is_symlink() and path.readlink().parent == self.layout.current
 
     def placed(self) -> list[Path]:
         """Return Hearth's files in systemd's folder for this service."""
-        names = dict.fromkeys([self.unit, self.apply_unit, self.exporter_unit, *self._linked_companions()])
-        return [] if self.foreign() else [path for name in names for path in entries(self.units, name)]
+        main = [self.unit, self.container]
+        names = dict.fromkeys([*main, self.apply_unit, self.exporter_unit, *self._linked_companions()])
+        return [] if self.foreign() else [path for name in names for path in self._entries(name)]
+
+    def _entries(self, name: str) -> list[Path]:
+        return entries(self.place(name).parent, name)
 
     def _stale(self) -> list[str]:
-        """Return companions of an earlier release that the current one lacks."""
-        return [name for name in self._linked_companions() if not (self.layout.current / name).exists()]
+        """Return linked files of an earlier release that the current one lacks."""
+        main = [name for name in (self.unit, self.container) if self._ours(self.place(name))]
+        return [name for name in (*main, *self._linked_companions()) if not (self.layout.current / name).exists()]
 
     def _linked(self) -> bool:
         links = self._links().items()
@@ -106,28 +132,30 @@ class Systemd:
 
     def foreign(self) -> str:
         """Return the unit file's path if Hearth did not write it, else empty. An edited or missing unit is drift."""
-        place = self.units / self.unit
-        text = "" if self._linked() else read_text(place)
-        return str(place) if text and WRITTEN not in text else ""
+        for place in () if self._linked() else (self.place(self.unit), self.place(self.container)):
+            if (text := read_text(place)) and WRITTEN not in text:
+                return str(place)
+        return ""
 
     def install(self) -> None:
         """Install and enable the current release's unit and companions; remove stale ones. Raises AgentError."""
         self.layout.note_manager(self.name)
-        link(self._wants(self.unit), f"../{self.unit}")
         for place, to in self._links().items():
             link(place, to)
-        if stale := self._stale():
-            run([*self.ctl, "stop", *stale])
-        for path in [path for name in stale for path in entries(self.units, name)]:
+        stale = self._stale()
+        if companions := [name for name in stale if name not in (self.unit, self.container)]:
+            run([*self.ctl, "stop", *companions])
+        for path in [path for name in stale for path in self._entries(name)]:
             discard(path)
+        link(self._wants(self.unit), f"../{self.unit}")
         run([*self.ctl, "daemon-reload"])
 
     def uninstall(self) -> None:
         """Stop the companions; remove the unit and the companions. Raises AgentError."""
         if companions := self._linked_companions():
             self._stop(companions)
-        for name in (self.unit, *companions):
-            for place in entries(self.units, name):
+        for name in (self.unit, self.container, *companions):
+            for place in self._entries(name):
                 discard(place)
         run([*self.ctl, "daemon-reload"])
         subprocess.run([*self.ctl, "reset-failed", self.unit, *companions], capture_output=True)
@@ -147,7 +175,10 @@ class Systemd:
         """Start the service and restart its companions; `wait` until they have started. Raises AgentError."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
         how = [] if wait else ["--no-block"]
-        run([*self.ctl, "start", *how, self.unit])
+        contained = self._contained()  # its start lasts until ComfyUI answers
+        run([*self.ctl, "start", *(["--no-block"] if contained else how), self.unit])
+        if contained and wait:
+            wait_for(lambda: not self.status().state.startswith("inactive"), 10)
         if wanted := sorted({place.name for place in self._links() if place.parent.name.endswith(".wants")}):
             run([*self.ctl, "restart", *how, *wanted])
 
@@ -158,7 +189,9 @@ class Systemd:
 
     def stop(self) -> None:
         """Stop the service and wait until it has stopped. Raises AgentError."""
-        self._stop([name for name in (self.storage, self.unit) if os.path.lexists(self.units / name)])
+        storage = [self.storage] if os.path.lexists(self.units / self.storage) else []
+        main = any(os.path.lexists(self.place(name)) for name in (self.unit, self.container))
+        self._stop([*storage, *([self.unit] if main else [])])
 
     def _stop(self, units: list[str]) -> None:
         done = subprocess.run([*self.ctl, "stop", *units], capture_output=True, text=True) if units else None

@@ -1,0 +1,88 @@
+"""Refusals for containers: what a host lacks for them, and what a container cannot have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from packaging.version import InvalidVersion, Version
+
+from deploy import release as releases
+from deploy.refusals import Refusal
+from lock import image_base
+
+if TYPE_CHECKING:
+    from deploy.facts import Facts
+    from deploy.host import Target
+    from deploy.inputs import Inputs
+
+QUADLET, PODMAN = "4.4", "4.8"
+"""The first Podman with Quadlet, and the first with all that the unit needs."""
+
+
+def unfit(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
+    """What the host lacks for a container, and what a container cannot have."""
+    engine, native = facts.engine, 'or set runtime = "native" for this host'
+    if engine is None or not engine.version:
+        return [Refusal("no-engine", "the host has no Podman", f"on the host: apt-get install podman, {native}")]
+    found = []
+    if _older(engine.version, PODMAN) or not engine.quadlet:
+        what = (
+            f"Podman {engine.version} is too old: containers as units (Quadlet) need {QUADLET}, and this one {PODMAN}"
+        )
+        if not _older(engine.version, PODMAN):
+            what = f"Podman {engine.version} is installed without Quadlet, its systemd generator"
+        found.append(Refusal("old-engine", what, f"install a newer Podman (Debian 13 has 5.4), {native}"))
+    if engine.controllers is None:
+        what = "the host has no unified control group hierarchy (cgroup v2), which Podman needs"
+        found.append(Refusal("no-cgroups", what, f"boot with systemd.unified_cgroup_hierarchy=1, {native}"))
+    elif limited := [each for each in limits(target) if each not in engine.controllers]:
+        what = f"limits would be ignored: {target.host.scope} units cannot limit {' and '.join(limited)} on this host"
+        fix = "on the host: systemctl edit user@.service, [Service] Delegate=cpu memory pids"
+        off = '; or set memory_max = "infinity" in the host\'s override'
+        found.append(Refusal("no-limits", what, (fix if target.host.scope == "user" else native[3:]) + off))
+    if target.profile.cuda and "nvidia.com/gpu=all" not in engine.devices:
+        what = "the engine knows no device nvidia.com/gpu=all (CDI), so a container has no GPU"
+        make = "on the host: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml (NVIDIA's container toolkit)"
+        found.append(Refusal("no-cdi", what, make))
+    if target.host.scope == "user" and not engine.subids:
+        what = f"{facts.login} has no subordinate user or group ids, which a container without root needs"
+        add = f"on the host: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {facts.login}"
+        found.append(Refusal("no-subids", what, f"{add}; then podman system migrate"))
+    if facts.manager == "process" and facts.lingers:
+        what = "Quadlet needs systemd, which this login does not have"
+        found.append(Refusal("no-systemd", what, native[3:]))
+    if _older(facts.glibc, glibc := image_base.base().glibc):
+        what = f"the Python of containers needs glibc {glibc} to make environments, the host has {facts.glibc}"
+        found.append(Refusal("old-glibc", what, native[3:]))
+    return found + _unfit_release(target, inputs)
+
+
+def _unfit_release(target: Target, inputs: Inputs) -> list[Refusal]:
+    """What a container cannot have."""
+    native = 'set runtime = "native" for this host'
+    found = [
+        Refusal("image-install", f"node {name} runs its install.py, which needs its host", f"leave it out, or {native}")
+        for name, node in inputs.nodes.items()
+        if node.install
+    ]
+    if releases.manager(target):
+        what = "ComfyUI-Manager is not supported in a container"
+        found.append(Refusal("manager-unprotected", what, f"omit --enable-manager, or {native}"))
+    if target.host.scope == "user" and target.profile.network != "open":
+        what = f"network = {target.profile.network} has no effect on a container without root"
+        found.append(Refusal("network-unenforced", what, 'set scope = "system" for this host, or network = "open"'))
+    if inputs.proofs:
+        found.append(Refusal("container-proofs", "proofs do not run in a container", f"omit `prove`, or {native}"))
+    return found
+
+
+def limits(target: Target) -> list[str]:
+    """The controllers that the configured limits need."""
+    return ["memory"] if target.profile.memory_max not in ("", "infinity") else []
+
+
+def _older(version: str, floor: str) -> bool:
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
