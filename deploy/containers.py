@@ -78,8 +78,8 @@ def unit(
         "root": f"{prefix}/parts/{selection.base_part}",
         "command": units.command_line(command),
         "environment": units.variables(environment),
-        # The host's names: Podman finds the user in what is mounted there.
-        "user": f"User={host.run_as}" if system else "UserNS=keep-id",
+        # Podman finds the user's ids in the host's own files, which are mounted.
+        "user": f"User={host.run_as}\nPodmanArgs=--umask 0077" if system else "UserNS=keep-id",
         "volumes": "\n".join(f"Volume={each}" for each in _volumes(target, prefix, release)),
         "devices": "AddDevice=nvidia.com/gpu=all" if profile.cuda else "",
         "health": _health(target, tls=tls),
