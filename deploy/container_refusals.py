@@ -19,8 +19,19 @@ QUADLET, PODMAN = "4.4", "4.8"
 """The first Podman with Quadlet, and the first with all that the unit needs."""
 
 
+def no_base(what: str) -> Refusal:
+    """There is no root file system for containers."""
+    remedy = 'deploy from a checkout, or set runtime = "native" for this host'
+    return Refusal("no-base", f"{what} has no root file system for containers", remedy)
+
+
 def unfit(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
     """What the host lacks for a container, and what a container cannot have."""
+    return lacking(target, facts) + _unfit_release(target, inputs)
+
+
+def lacking(target: Target, facts: Facts) -> list[Refusal]:
+    """What the host lacks for a container."""
     engine, native = facts.engine, 'or set runtime = "native" for this host'
     if engine is None or not engine.version:
         return [Refusal("no-engine", "the host has no Podman", f"on the host: apt-get install podman, {native}")]
@@ -54,7 +65,7 @@ def unfit(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
     if _older(facts.glibc, glibc := image_base.base().glibc):
         what = f"the Python of containers needs glibc {glibc} to make environments, the host has {facts.glibc}"
         found.append(Refusal("old-glibc", what, native[3:]))
-    return found + _unfit_release(target, inputs)
+    return found
 
 
 def _unfit_release(target: Target, inputs: Inputs) -> list[Refusal]:
@@ -78,7 +89,8 @@ def _unfit_release(target: Target, inputs: Inputs) -> list[Refusal]:
 
 def limits(target: Target) -> list[str]:
     """The controllers that the configured limits need."""
-    return ["memory"] if target.profile.memory_max not in ("", "infinity") else []
+    memory = ["memory"] if target.profile.memory_max not in ("", "infinity") else []
+    return memory + (["cpu"] if target.profile.cpu_max else [])
 
 
 def _older(version: str, floor: str) -> bool:

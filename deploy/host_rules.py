@@ -236,6 +236,8 @@ def check_settings(place: str, given: Profile | Override) -> None:
     """Refuse values that a unit cannot contain, invalid ranges, and contradictory allocator settings."""
     if not re.fullmatch(r"([0-9]+(\.[0-9]+)?%|[0-9]+[KMGT]?|infinity)?", given.memory_max or ""):
         raise ConfigError("config", f"{place}: memory_max = {given.memory_max!r}", hint="use a size such as 48G or 90%")
+    if not re.fullmatch(r"([1-9][0-9]{0,5}%)?", given.cpu_max or ""):
+        raise ConfigError("config", f"{place}: cpu_max = {given.cpu_max!r}", hint="use a share such as 400%")
     for each in given.pythons or ():
         if not re.fullmatch(r"3\.[0-9]+", each):
             raise ConfigError("config", f"{place}: pythons: {each!r}", hint="use a version such as 3.12")

@@ -368,7 +368,7 @@ _LACKS = {
 
 def unconfined(target: Target, facts: Facts) -> list[str]:
     """The remaining capabilities of custom nodes on a host without root, one sentence each."""
-    if target.host.scope != "user":
+    if target.host.scope != "user" or target.host.runtime == "podman":
         return []
     if not (facts.landlock and target.host.confined):
         why = "this kernel has no Landlock" if target.host.confined else "the host is not `confined`"

@@ -101,6 +101,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The unit's `DevicePolicy=`."""
     memory_max: str = "90%"
     """The unit's `MemoryMax=`."""
+    cpu_max: str = ""
+    """The unit's `CPUQuota=`, such as "400%" for four processors; empty: no limit."""
     network: Network = "open"
     """Whom ComfyUI can reach: everyone except link-local and metadata addresses ("open"), no private network either
     ("lan-deny"), or only its own machine ("offline")."""
@@ -127,6 +129,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     env: dict[str, Setting] = {}
     device_policy: Literal["closed", "auto"] | None = None
     memory_max: str | None = None
+    cpu_max: str | None = None
     network: Network | None = None
     metadata: Metadata | None = None
     restart: Literal["on-failure", "always"] | None = None

@@ -139,7 +139,8 @@ def variables(environment: Mapping[str, str]) -> str:
 
 def limits(profile: Profile) -> str:
     """The unit lines of the configured limits."""
-    return f"MemoryMax={profile.memory_max}" if profile.memory_max else ""
+    values = {"MemoryMax": profile.memory_max, "CPUQuota": profile.cpu_max}
+    return "\n".join(f"{key}={value}" for key, value in values.items() if value)
 
 
 def network(profile: Profile) -> str:

@@ -167,6 +167,13 @@ def _torch(layout: Layout) -> Json:
         return {"error": str(error)}
 
 
+def _enabled(unit: str) -> bool:
+    """Return whether a system unit is started at boot."""
+    with suppress(OSError, AgentError):
+        return run(["systemctl", "is-enabled", unit], timeout=5).strip() == "enabled"
+    return False
+
+
 def _containers() -> Containers:
     """Return the installed container engines, NVIDIA's toolkit, and the GPU's CDI devices."""
     toolkit = ""
@@ -182,4 +189,5 @@ def _containers() -> Containers:
         toolkit=toolkit,
         devices=tuple(devices),
         refresh=any(each.exists() for each in units),
+        lasting=any(Path("/etc/cdi").glob("*.*")) or _enabled("nvidia-cdi-refresh.service"),
     )

@@ -16,6 +16,7 @@ from agent.files import AgentError, meminfo, read
 from agent.journal import DEPLOYS, history, last
 from agent.layout import Layout
 from agent.look.gpu import Nvml
+from agent.serve.systemd import Systemd
 
 Metrics = Iterable[Metric]
 T = TypeVar("T")
@@ -105,8 +106,8 @@ def service(layout: Layout) -> Metrics:
         "Automatic restarts of ComfyUI by systemd.",
         value=int(shown["NRestarts"]),
     )
-    if int(shown["MainPID"]):
-        yield from ProcessCollector("hearth_service", lambda: shown["MainPID"], registry=None).collect()
+    if pid := Systemd(layout).process(int(shown["MainPID"])):
+        yield from ProcessCollector("hearth_service", lambda: pid, registry=None).collect()
 
 
 def memory() -> Metrics:

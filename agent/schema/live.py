@@ -202,6 +202,7 @@ class Containers:
     toolkit: str  # version; empty: not installed
     devices: tuple[str, ...]
     refresh: bool  # the unit that updates the CDI description exists
+    lasting: bool = True  # a boot keeps the description, or that unit is enabled
 
 
 @dataclass(frozen=True)

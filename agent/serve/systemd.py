@@ -76,11 +76,11 @@ class Systemd:
             linked=self._linked(),
             restarts=int(values.get("NRestarts") or 0),
             since=values.get("ActiveEnterTimestamp", ""),
-            pid=self._pid(int(values.get("MainPID") or 0)),
+            pid=self.process(int(values.get("MainPID") or 0)),
         )
 
-    def _pid(self, main: int) -> int:
-        """Return ComfyUI's process; a container's main process is the engine's monitor, whose child it is."""
+    def process(self, main: int) -> int:
+        """Return ComfyUI's process for the unit's main process: in a container, that is the engine's monitor."""
         if main and self._contained():
             return int((read_text(Path(f"/proc/{main}/task/{main}/children")).split() or ["0"])[0])
         return main

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from packaging.version import InvalidVersion, Version
 
 from core import console
-from deploy import refusals, release_refusals
+from deploy import container_refusals, refusals, release_refusals
 from ops.checks.case import Case, Check
 from ops.status import Problem
 
@@ -78,13 +78,26 @@ def _containers(case: Case) -> Iterator[Problem]:
             f"NVIDIA's container toolkit is {found.toolkit}, older than {TOOLKIT} (CVE-2025-23266)",
             "on the host: apt-get install --only-upgrade nvidia-container-toolkit",
         )
+    unit = "systemctl enable --now nvidia-cdi-refresh.service"
+    if found.devices and not found.lasting:
+        what = "after a boot, containers do not find the GPU: its CDI description is in /run"
+        yield Problem(what, f"on the host: {unit}")
     if not found.devices:
-        unit = "systemctl enable --now nvidia-cdi-refresh.service"
         make = "nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         yield Problem(
             "containers cannot find the GPU: it has no CDI description",
             f"on the host: {unit if found.refresh else make}",
         )
+
+
+def _engine(case: Case) -> Iterator[Problem]:
+    if case.target.host.runtime != "podman":
+        return
+    for refusal in container_refusals.lacking(case.target, case.facts):
+        yield Problem(refusal.what, refusal.remedy)
+    if not case.facts.lingers:
+        login = case.facts.login
+        yield Problem(f"{login}'s containers end with the last session", f"on the host: loginctl enable-linger {login}")
 
 
 def _older(version: str, floor: str) -> bool:
@@ -145,6 +158,14 @@ CHECKS = (
         fix="install nvidia-container-toolkit; nvidia-ctk cdi generate",
         severity="warning",
         find=_containers,
+    ),
+    Check(
+        name="engine",
+        question='With runtime = "podman", does the host have what containers need?',
+        detected_by="podman --version and its systemd generator, the control groups of units, /etc/subuid and "
+        "/etc/subgid, the CDI files, and lingering",
+        fix="install Podman 4.8 or newer, and what the message names",
+        find=_engine,
     ),
     Check(
         name="compilers",
