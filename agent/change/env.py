@@ -127,8 +127,12 @@ def _install(layout: Layout, step: Env, place: Path, wheels: Path, environment: 
         raise
     finally:
         listed.unlink()
-    if step.inside:  # uv has linked the interpreter of the part with the container's root file system
-        link(place / "bin/python", step.inside)
-        config = place / "pyvenv.cfg"
-        home = f"home = {os.path.dirname(step.inside)}"  # noqa: PTH120
-        write(config, re.sub(r"^home = .*", home, config.read_text(), flags=re.MULTILINE))
+    if step.inside:
+        use_interpreter(place, Path(step.inside))
+
+
+def use_interpreter(place: Path, python: Path) -> None:
+    """Give an environment the interpreter that a container has, in place of the one that made it."""
+    link(place / "bin/python", python)
+    config = place / "pyvenv.cfg"
+    write(config, re.sub(r"^home = .*", f"home = {python.parent}", config.read_text(), flags=re.MULTILINE))

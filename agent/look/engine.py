@@ -16,6 +16,7 @@ from agent.serve.systemd import login
 
 CGROUPS = Path("/sys/fs/cgroup")
 CDI = (Path("/etc/cdi"), Path("/run/cdi"))
+SUBIDS = (Path("/etc/subuid"), Path("/etc/subgid"))
 GENERATORS = ("/usr/lib/systemd", "/lib/systemd", "/usr/local/lib/systemd", "/etc/systemd")
 
 
@@ -30,7 +31,7 @@ def engine(layout: Layout) -> Engine:
         version=version,
         quadlet=any(Path(each, f"{kind}-generators/podman-{kind}-generator").exists() for each in GENERATORS),
         controllers=_controllers(layout),
-        subids=all(_listed(Path(each)) for each in ("/etc/subuid", "/etc/subgid")),
+        subids=all(map(_listed, SUBIDS)),
         devices=tuple(sorted({device for folder in CDI for device in _devices(folder)})),
     )
 
