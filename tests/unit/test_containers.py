@@ -157,7 +157,7 @@ def test_limits_of_processors() -> None:
 @pytest.mark.parametrize(
     ("changed", "kind", "words"),
     [
-        ({"version": ""}, "no-engine", "podman"),
+        ({"version": ""}, "no-engine", "Podman"),
         ({"version": "4.3.1", "quadlet": False}, "old-engine", "4.3.1"),
         ({"version": "4.4.0"}, "old-engine", "4.4.0"),
         ({"quadlet": False}, "old-engine", "generator"),
@@ -187,7 +187,7 @@ def test_a_container_needs_no_python_of_its_version_on_the_host() -> None:
 
 
 def test_what_a_container_cannot_have() -> None:
-    node = Node(url="https://a/b", commit="c" * 40, tree="t" * 64, install="why")
+    node = Node(url="https://a/b", commit="c" * 40, tree="t" * 64, install="why", why="test")
     assert reasons(boxed(given=stock(nodes={"one": node}))) == ["image-install"]
     target = spark(runtime="podman")
     manager = {"--enable-manager": Setting(value="", why="test")}
@@ -199,9 +199,9 @@ def test_what_a_container_cannot_have() -> None:
             check_host("here", Host(address="a", runtime="podman", modes=("development",), **host))  # type: ignore[arg-type]
 
 
-def test_a_bundle_has_no_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(workspace.current()), "bundled", True)
-    assert reasons(boxed()) == ["no-base"]
+def test_a_bundle_has_no_base() -> None:
+    with workspace.using(replace(workspace.current(), bundled=True)):
+        assert reasons(boxed()) == ["no-base"]
 
 
 def test_the_doctor_names_what_containers_lack() -> None:
