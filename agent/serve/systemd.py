@@ -123,8 +123,9 @@ class Systemd:
 
     def _stale(self) -> list[str]:
         """Return linked files of an earlier release that the current one lacks."""
-        main = [name for name in (self.unit, self.container) if self._ours(self.place(name))]
-        return [name for name in (*main, *self._linked_companions()) if not (self.layout.current / name).exists()]
+        main = self.unit if self._contained() else self.container
+        lacking = [name for name in self._linked_companions() if not (self.layout.current / name).exists()]
+        return [*lacking, *([main] if self._ours(self.place(main)) else [])]
 
     def _linked(self) -> bool:
         links = self._links().items()
