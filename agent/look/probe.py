@@ -156,6 +156,8 @@ def _torch(layout: Layout) -> Json:
     )
 
     release = layout.manifest(layout.release())
+    if "base" in release.get("parts", ()):  # it runs in a container, not in a unit's sandbox
+        return {}
     argv = [str(layout.current / "env/bin/python"), "-I", "-B", "-c", script]
     try:
         return dict(

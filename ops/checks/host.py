@@ -108,7 +108,7 @@ def _older(version: str, floor: str) -> bool:
 
 
 def _compilers(case: Case) -> Iterator[Problem]:
-    if not case.release.get("wheels"):
+    if not case.release.get("wheels") or "base" in case.release["parts"]:  # a container has its own
         return
     version = case.release.get("python", "3")
     if not case.probe.compiler:

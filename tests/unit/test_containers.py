@@ -38,7 +38,7 @@ from lock.nodes import Node
 from ops import doctor
 from ops.checks import Case
 from tests.errors import raises
-from tests.plans import FRESH, inputs, kinds, made, reasons, spark, wheel
+from tests.plans import FRESH, RUNNING, inputs, kinds, made, reasons, spark, wheel
 from tests.unit.test_doctor import NOW, PROBE, WELL
 
 ENGINE = Engine("5.4.2", True, ("cpu", "memory", "pids"), True, ("nvidia.com/gpu=0", "nvidia.com/gpu=all"))
@@ -84,8 +84,6 @@ def test_a_container_is_a_release_with_its_base() -> None:
 def test_a_second_plan_does_nothing() -> None:
     found = boxed()
     (manifest,) = (each.release for each in found.steps if each.kind == "release")  # type: ignore[attr-defined]
-    from tests.plans import RUNNING
-
     after = replace(
         READY, user=True, data=True, current=manifest["id"], releases=(manifest,), proven=(manifest["id"],),
         parts=dict.fromkeys(manifest["parts"].values(), ""), service=RUNNING, tools=("uv-1",),
@@ -210,6 +208,15 @@ def test_the_doctor_names_what_containers_lack() -> None:
         target = spark(runtime=runtime)
         case = Case(target, lacking, WELL, PROBE, stock(), made(lacking, target, stock()), NOW)
         assert len([each for each in doctor.judge(case) if each.check == "engine"]) == wanted
+
+
+def test_a_container_has_its_own_compiler() -> None:
+    (manifest,) = (each.release for each in boxed().steps if each.kind == "release")  # type: ignore[attr-defined]
+    probe = replace(PROBE, compiler="", headers="")
+    for parts, wanted in ((manifest["parts"], 0), ({"app": "app-1"}, 2)):
+        facts = replace(READY, current=manifest["id"], releases=({**manifest, "parts": parts},))
+        case = Case(spark(), facts, WELL, probe, stock(), boxed(), NOW)
+        assert len([each for each in doctor.judge(case) if each.check == "compilers"]) == wanted
 
 
 @pytest.mark.parametrize(
