@@ -188,10 +188,10 @@ def process(pid: int) -> Json:
             user = pwd.getpwuid(number).pw_name
         except KeyError:
             user = str(number)
-    # cgroups(7): the line of the unified hierarchy, or of systemd's named v1 hierarchy.
+    # cgroups(7): the line of the unified hierarchy, or of systemd's named v1 hierarchy; a container may have both.
     lines = read_text(place / "cgroup").splitlines()
-    path = next((line for line in lines if line.startswith("0::") or ":name=systemd:" in line), "")
-    units = [each for each in path.split("/") if each.endswith((".service", ".scope"))]
+    paths = [line for line in lines if line.startswith("0::") or ":name=systemd:" in line]
+    units = [each for path in paths for each in path.split("/") if each.endswith((".service", ".scope"))]
     return {"pid": pid, "name": name or None, "user": user, "unit": units[-1] if units else None}
 
 

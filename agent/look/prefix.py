@@ -68,10 +68,11 @@ def _owner(layout: Layout, user: str) -> str:
 def _elsewhere(layout: Layout) -> str:
     """Return another existing prefix that the service's unit links to; empty if none."""
     systemd = Systemd(layout)
-    for unit in (systemd.unit, systemd.container):
-        prefix = Path(_target(systemd.place(unit))).parent.parent  # PREFIX/current/SERVICE.service
-        if (prefix / "state/site.json").exists() and os.path.realpath(prefix) != os.path.realpath(layout.prefix):
-            return str(prefix)
+    for name in (systemd.unit, systemd.container):
+        with suppress(OSError):
+            prefix = systemd.place(name).readlink().parent.parent  # PREFIX/current/SERVICE.service
+            if (prefix / "state/site.json").exists() and os.path.realpath(prefix) != os.path.realpath(layout.prefix):
+                return str(prefix)
     return ""
 
 

@@ -22,6 +22,7 @@ from agent.change.env import use_interpreter
 from agent.files import AgentError, write
 from agent.layout import Layout
 from agent.look import engine as look
+from agent.look.prefix import prefix_state
 from agent.schema.change import Base, Env
 from agent.schema.facts import Engine
 from agent.schema.live import Containers, Probe
@@ -278,6 +279,14 @@ def test_releases_with_and_without_container_replace_each_other(managed: systemd
         assert managed.place(name).resolve() == managed.layout.releases / release / name
     managed.uninstall()
     assert managed.placed() == []
+
+
+def test_a_container_of_another_prefix_is_found(managed: systemd.Systemd, tmp_path: Path) -> None:
+    switch(managed, "boxed")
+    managed.install()
+    assert prefix_state(managed.layout).elsewhere == ""
+    write(managed.layout.state / "site.json", "{}")
+    assert prefix_state(layout(tmp_path, prefix=str(tmp_path / "other"))).elsewhere == str(managed.layout.prefix)
 
 
 def test_a_foreign_container_is_not_replaced(managed: systemd.Systemd) -> None:
