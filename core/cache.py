@@ -22,7 +22,7 @@ KNOWN = {
     "exports": ("exports", "the locked lists of uv.lock"),
     "installed": ("installed", "torch, CUDA compilers and tools; downloaded again, several gigabytes"),
     "interfaces": ("interfaces", "what the code of ComfyUI and custom nodes defines and uses"),
-    "layers": ("layers", "the digests of images' layers; without them, images are written again"),
+    "layers": ("layers", "digests of images' layers, and bases of containers; without them, both are written again"),
     "objects": ("build", "compiled objects and build logs; without them, the next build compiles everything"),
     "pycache": ("pycache", "compiled Python files of torch"),
     "scratch": ("scratch", "temporary files of inspections"),
