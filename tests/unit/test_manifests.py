@@ -1,8 +1,13 @@
-"""Manifests are valid, strictly, by the schemas of three versions of Kubernetes."""
+"""Manifests are valid, strictly, by the schemas of three versions of Kubernetes; batch files for Slurm."""
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from ops import manifests
+from core import files
+from ops import manifests, slurm
 from tests.conftest import Hearth
 from tests.errors import kind_of, raises
 
@@ -140,3 +146,94 @@ def test_the_task_writes_a_folder_for_kustomize(hearth: Hearth, tmp_path: Path) 
     before = {path: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert hearth.inv(*words, "--kubernetes").returncode == 0
     assert {path: path.read_text() for path in (tmp_path / "out").iterdir()} == before
+
+
+# --- Slurm; tests/host/test_local.py runs a job ----------------------------------------------------------------------
+
+LOGIN = """
+[hosts.Login_1]
+address = "login.example"
+user = "anna"
+ssh_port = 2222
+profile = "cuda"
+scope = "user"
+prefix = "/shared/anna"
+port = 8190
+override.memory_max = "48G"
+
+[hosts.small]
+address = "c"
+profile = "cpu"
+scope = "user"
+mounts."/shared/models" = {}
+"""
+
+
+def batch(name: str) -> str:
+    (text,) = slurm.batch_files([name]).values()
+    compile(text, name, "exec")
+    return text
+
+
+def test_a_batch_file_has_the_limits_of_the_host(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_text(LOGIN)
+    assert [*slurm.batch_files(["Login_1", "small"])] == ["comfyui-login-1.sbatch", "comfyui-small.sbatch"]
+    found = re.findall(r"^#SBATCH --(.*)$", batch("Login_1"), re.MULTILINE)
+    assert {"job-name=comfyui-login-1", "gres=gpu:1", "mem=48G", "dependency=singleton"} <= {*found}
+    assert "gres=gpu:1" not in batch("small")
+    assert "mem=" not in batch("small")
+
+
+def job(tmp_path: Path, name: str, prefix: Path | None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch file without Slurm, with another prefix."""
+    text = batch(name)
+    text = re.sub(r"(?<=^PREFIX = ).*$", json.dumps(str(prefix)), text, flags=re.MULTILINE) if prefix else text
+    (tmp_path / "job").write_text(text)
+    env = {"HOME": "/", "PATH": os.environ["PATH"], **env}
+    argv = [sys.executable, str(tmp_path / "job")]
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.process
+def test_a_job_without_its_release_or_mounts_names_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_text(LOGIN)
+    failed = job(tmp_path, "Login_1", None)
+    assert (failed.returncode, kind_of(failed.stderr)) == (1, "no-release")
+    assert "/shared/anna" in failed.stderr
+    files.write(tmp_path / "prefix/current/release.json", "{}")
+    failed = job(tmp_path, "small", tmp_path / "prefix")
+    assert (failed.returncode, kind_of(failed.stderr)) == (1, "not-mounted")
+
+
+@pytest.mark.process
+def test_a_job_confines_comfyui_to_its_port_and_passes_the_gpu(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_text(LOGIN)
+    show = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)])); sys.exit(3)"
+    confined = [sys.executable, "-c", show, json.dumps({"bind": [1], "connect": []}), "--"]
+    release = {"version": "1.2.3", "confined": confined, "argv": ["main.py"], "environment": {"HOME": "/data"}}
+    files.write(tmp_path / "prefix/current/release.json", json.dumps(release))
+    done = job(tmp_path, "Login_1", tmp_path / "prefix", CUDA_VISIBLE_DEVICES="1", PYTHONPATH="/modules")
+    assert done.returncode == 3, done.stderr
+    *told, shown = done.stdout.splitlines()
+    assert re.search(rf"-L 8190:127\.0\.0\.1:\d+ -J anna@login\.example:2222 {getpass.getuser()}@", told[1])
+    argv, environment = json.loads(shown)
+    port = int(argv[-1])
+    assert argv[1:] == ["--", "main.py", "--listen", "127.0.0.1", "--port", str(port)]
+    assert json.loads(argv[0]) == {"bind": [1, port], "connect": []}
+    assert (environment["CUDA_VISIBLE_DEVICES"], environment["HOME"]) == ("1", "/data")
+    assert "PYTHONPATH" not in environment
+
+
+def test_a_host_whose_data_is_its_services_has_no_batch_file() -> None:
+    with raises("usage", match="scope"):
+        slurm.batch_files(["big"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--slurm", "--kubernetes"), ("--slurm", "--gpus", "2"), ("--slurm", "--image", "x"), ("--slurm", "--dra")],
+)
+def test_options_of_one_kind_of_cluster(hearth: Hearth, tmp_path: Path, words: tuple[str, ...]) -> None:
+    done = hearth.inv("manifests", "--output", str(tmp_path / "out"), *words)
+    assert kind_of(done.stderr) == "usage"
+    assert not (tmp_path / "out").exists()
