@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from invoke.context import Context  # `command` evaluates annotations
 
 from core import console
 from core.command import command
 from core.flags import Output
+
+if TYPE_CHECKING:
+    from deploy.gateways import Gateway
+    from deploy.host import Hosts
 
 
 @command(
@@ -41,8 +46,8 @@ def manifests(
 ) -> None:
     """Write manifests that run ComfyUI on a cluster, from the configuration of hosts.
 
-    On Kubernetes, an image holds ComfyUI with its flags. On Slurm, a job runs the release that `inv deploy` put on a
-    file system of all nodes. The cluster is not contacted.
+    On Kubernetes, an image holds ComfyUI with its flags, and a gateway of these hosts becomes a pod. On Slurm, a job
+    runs the release that `inv deploy` put on a file system of all nodes. The cluster is not contacted.
     How: docs/how-to/kubernetes.md, docs/how-to/slurm.md
 
         inv manifests --kubernetes --host spark --image registry.example/comfyui:1
@@ -63,8 +68,15 @@ def manifests(
             raise UsageError("usage", what, hint="leave them out; a job runs one ComfyUI with the host's own release")
         texts = jobs.batch_files(names)
     else:
-        texts = manifests.kubernetes(names, image, gpus or "1", storage or "200Gi", dra=dra)
+        texts = manifests.kubernetes(names, image, gpus or "1", storage or "200Gi", _gateway, dra=dra)
     paths = manifests.write(texts, Path(output))
     starts = [["sbatch", each] for each in paths] if slurm else [["kubectl", "apply", "-k", output]]
     lines = [f"to start it: {shlex.join(each)}" for each in starts]
     console.show(paths, [*paths, *lines], as_json=out.json)
+
+
+def _gateway(name: str, gateway: Gateway, known: Hosts, secrets: str, run: str) -> str:
+    """The configuration of a gateway, whose certificate is one of its secrets."""
+    from gateway.haproxy import Places, configuration
+
+    return configuration(name, gateway, known, Places(secrets, run, f"{secrets}/certificate.pem"))
