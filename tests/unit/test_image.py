@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -24,7 +23,6 @@ import pytest
 
 from agent.serve import container
 from core import files, workspace
-from core.errors import LockError
 from core.stack import Platform
 from deploy import host as hosts
 from deploy import image as images
@@ -34,6 +32,7 @@ from lock import image_base
 from lock.nodes import Node
 from tests.client import Client
 from tests.errors import kind_of, raises
+from tests.image_base import available_base
 from tests.plans import inputs as plan_inputs
 from tests.plans import spark
 from tests.unit.test_bundle import APP, SIX
@@ -100,23 +99,10 @@ class Images(Client):
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def require_base() -> None:
-    """Skip the test where apt cannot fetch the locked base: a security update replaces a package on the mirrors."""
-    if "bookworm" not in Path("/etc/os-release").read_text() and "HEARTH_DEBIAN_SOURCES" not in os.environ:
-        pytest.skip("the base of images needs Debian 12, or HEARTH_DEBIAN_SOURCES")
-    try:
-        for platform, group in itertools.product(Platform, image_base.GROUPS):
-            image_base.tree(platform, group)
-    except LockError as error:
-        if error.kind != "lock-stale":
-            raise
-        pytest.skip(f"{error.what}; renew them: inv image --renew-base")
-
-
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    require_base()
-    return Images(tmp_path_factory.mktemp("first"))
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
+    with available_base():
+        yield Images(tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="module")
