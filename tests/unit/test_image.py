@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import re
@@ -546,3 +547,31 @@ def test_a_registry_that_does_not_take_the_image_is_an_error(made: tuple[Path, d
         images.push(found, f"{address}/anna/comfyui")
     with raises("usage"):
         images.push(found, "comfyui")
+
+
+class Closed(http.server.BaseHTTPRequestHandler):
+    """A registry that wants a login."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="registry"')
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.installer
+@pytest.mark.needs("skopeo")
+def test_a_registry_that_wants_a_login_names_it(made: tuple[Path, dict[str, Any]]) -> None:
+    place, image = made
+    found = images.Image(**{name: value for name, value in image.items() if name != "pushed"} | {"path": place})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        address = f"127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with raises("registry") as caught:
+            images.push(found, f"{address}/anna/comfyui")
+        server.shutdown()
+    assert caught.value.hint == f"skopeo login {address}"
