@@ -92,11 +92,11 @@ def _daemons(place: Path, env: dict[str, str]) -> Iterator[None]:
 
 
 def _said(env: dict[str, str], words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=30)
+    return subprocess.run(words, env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
 def _until(true: Callable[[], bool], place: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while not true():
         assert time.monotonic() < end, (place / "daemons.log").read_text()[-3000:]
         time.sleep(0.2)
@@ -105,7 +105,7 @@ def _until(true: Callable[[], bool], place: Path) -> None:
 def _end(daemon: subprocess.Popen[bytes]) -> None:
     daemon.terminate()
     try:
-        daemon.wait(20)
+        daemon.wait(60)
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
@@ -114,7 +114,7 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
 def submit(env: dict[str, str], batch: Path, *words: str) -> str:
     """Submit a batch file from its folder; return the job's number."""
     argv = ["sbatch", "--parsable", *words, batch.name]
-    done = subprocess.run(argv, env=env, cwd=batch.parent, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(argv, env=env, cwd=batch.parent, capture_output=True, text=True, check=True, timeout=120)
     return done.stdout.strip()
 
 

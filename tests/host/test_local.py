@@ -558,20 +558,20 @@ def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> Non
             job = slurm.submit(env, batch, "--gres=gpu:1", "--time=10", "--cpus-per-task=1")
             log = tmp_path / f"comfyui-local-{job}.log"
             waiting = slurm.submit(env, batch, "--cpus-per-task=1")
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while not (log.exists() and "To see the GUI" in log.read_text()):
                 assert time.monotonic() < end, log.read_text() if log.exists() else slurm.state(env, job)
                 time.sleep(0.2)
             (port,) = re.findall(rf"ssh -N -L {running.port}:127\.0\.0\.1:(\d+) -J \S+ root@", log.read_text())
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=60) as answer:
                 assert json.load(answer)["system"]["comfyui_version"]
             assert submit(int(port), "in a job")
             words = ["pgrep", "-f", f"main.py.*--port {port}"]
-            (child,) = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+            child, *_ = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
             assert "CUDA_VISIBLE_DEVICES=0" in Path(f"/proc/{child}/environ").read_text().split("\0")
             assert (slurm.state(env, job), slurm.state(env, waiting)) == ("RUNNING", "PENDING")
             subprocess.run(["scancel", waiting, job], env=env, check=True)
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while slurm.state(env, job) in ("RUNNING", "COMPLETING") and time.monotonic() < end:
                 time.sleep(0.2)
             assert slurm.state(env, job) == "CANCELLED"
