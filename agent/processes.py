@@ -167,7 +167,7 @@ def end_descendants(spared: Collection[int] = (), *, seconds: float = 20) -> Non
                 os.waitpid(pid, os.WNOHANG)
         quiet = 0 if left else quiet + 1
         if left and time.monotonic() > end:
-            what = f"{len(left)} processes of ComfyUI do not end"
+            what = f"processes of ComfyUI do not end: {len(left)}"
             raise AgentError(
                 "step", what, f"some of them: {sorted(left)[:5]}", "inspect them on the host; a reboot ends them"
             )

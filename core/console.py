@@ -240,6 +240,14 @@ class Progress:
             self._bar.update(self._task, completed=self._done, state=state)
 
 
+def counted(number: int, noun: str) -> str:
+    """Format a number of things: `1 file`, `2 files`, `3 repositories`."""
+    if number == 1:
+        return f"1 {noun}"
+    stem = f"{noun[:-1]}ie" if noun.endswith("y") else noun
+    return f"{number} {stem}{'es' if stem.endswith(('s', 'x', 'ch')) else 's'}"
+
+
 def clock(seconds: float) -> str:
     """Format a duration in seconds: `8 s`, `2 min 00 s`, `1 h 05 min`."""
     whole = max(0, round(seconds))

@@ -10,6 +10,7 @@ import msgspec
 from agent.schema import change as schema
 from agent.schema.survey import Survey
 from core import console
+from core.console import counted
 from core.errors import HostError, UsageError
 from deploy import connection, refusals
 from deploy import host as hosts
@@ -104,7 +105,7 @@ def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options
         title, undo = f"create {facts.prefix}", f"rm -r {facts.prefix}"
         steps.append(schema.Folders(title, "some of its folders are missing", undo))
     for name, (place, size, count) in proposal.moves.items():
-        title = f"move {place} to {data}/{name} ({count} files, {console.size(size)})"
+        title = f"move {place} to {data}/{name} ({counted(count, 'file')}, {console.size(size)})"
         steps.append(schema.Adopt(title, "a rename, without a copy", _UNDO, name, place, tuple(found.owners)))
     return Plan.of(facts, steps, against)
 
@@ -133,7 +134,7 @@ def rows(found: Proposal) -> Iterator[str]:
     for process in old.processes:
         yield f"  pid {process.pid} of {process.user}{', listens on the port' if old.holds_port else ''}"
     for name, (origin, size, count) in found.moves.items():
-        yield f"  {name}: {origin}, {count} files, {console.size(size)}: moved into data/ by a rename"
+        yield f"  {name}: {origin}, {counted(count, 'file')}, {console.size(size)}: moved into data/ by a rename"
     for name, remark in found.nodes.items():
         yield f"  node {name}: known, {remark}"
     for what, why in found.left:
@@ -147,7 +148,7 @@ def rows(found: Proposal) -> Iterator[str]:
 def adopted_rows(found: Proposal | None, outcome: Outcome, *, dry_run: bool) -> Iterator[str]:
     """The result of an adoption, or of its undo, which has no proposal."""
     if dry_run or not outcome.changed:
-        yield f"{outcome.host}: {len(outcome.steps) or 'no'} changes"
+        yield f"{outcome.host}: {counted(len(outcome.steps), 'change') if outcome.steps else 'no changes'}"
     elif found is None:
         yield f"{outcome.host}: the original installation is restored"
     else:

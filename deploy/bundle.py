@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import msgspec
 
 from core import console, files, lockfile, signature, source, workspace
+from core.console import counted
 from core.errors import BundleError
 from core.manifest import Sha256
 from core.signature import Signed
@@ -160,7 +161,7 @@ def write(
     listed = _listed(inputs, requesters, platform, python, wheels)
     listed |= {f"checkout/{name}": path for name, path in proofs.bundled(target).items()}
     total = sum(path.stat().st_size for path in listed.values())
-    console.say(f"bundling {len(listed)} files, {console.size(total)}")
+    console.say(f"bundling {counted(len(listed), 'file')}, {console.size(total)}")
     found = {
         name: File(files.sha256(path), path.stat().st_size, bool(path.stat().st_mode & 0o100))
         for name, path in sorted(listed.items())
@@ -418,7 +419,7 @@ def rows(path: Path, found: Opened) -> list[str]:
     bundle = found.bundle
     kernels = [f"{name} {version}" for name, version in bundle.kernels.items()]
     cells = [
-        ("bundle", f"{path}, intact: {len(bundle.files)} files, {console.size(bundle.size)}"),
+        ("bundle", f"{path}, intact: {counted(len(bundle.files), 'file')}, {console.size(bundle.size)}"),
         ("id", found.id),
         ("origin", found.origin),
         ("for", f"profile {bundle.profile}, {bundle.platform}, Python {bundle.python}"),

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from core import console
+from core.console import counted
 from core.errors import ConnectError, GroupError, HearthError
 from deploy import host as hosts
 from deploy import passwords
@@ -97,7 +98,7 @@ def _failures(
     """The error for a group with failures."""
     error = GroupError(
         "group",
-        f"{len(failed)} of {len(names)} hosts failed",
+        f"{len(failed)} of {counted(len(names), 'host')} failed",
         cause="\n         ".join(
             [f"{each.host}: {each.state or f'release {each.release} is in service'}" for each in results]
             + [f"{name}: {error.what}" for name, error in failed.items()]

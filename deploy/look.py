@@ -10,6 +10,7 @@ import msgspec
 
 from core import console, workspace
 from core.arch import local_gpus
+from core.console import counted
 from core.errors import GroupError, HearthError
 from deploy import connection
 from deploy import host as hosts
@@ -105,5 +106,5 @@ def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:
         failed = [error for error in pool.map(one, names) if error]
     if failed:
         raise GroupError(
-            "group", f"{len(failed)} of {len(names)} hosts cannot be reached", hint="read the reasons above"
+            "group", f"{len(failed)} of {counted(len(names), 'host')} cannot be reached", hint="read the reasons above"
         )

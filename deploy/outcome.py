@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from core import console
+from core.console import counted
 from lock import preview
 
 if TYPE_CHECKING:
@@ -17,7 +18,9 @@ def rows(results: Sequence[Outcome], *, dry_run: bool) -> Iterator[str]:
     """A line per host: the changes of a dry run, or its state after the change."""
     for each in results:
         if dry_run:
-            yield f"{each.host}: {len(each.steps)} changes" if each.changed else f"{each.host}: nothing to do"
+            yield (
+                f"{each.host}: {counted(len(each.steps), 'change')}" if each.changed else f"{each.host}: nothing to do"
+            )
             yield from (f"  {row}" for row in preview.rows(each.preview)) if each.preview else ()
         elif each.state:
             yield f"{each.host}: {each.state}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema.change import COMPARED, Proof
 from core import files, workspace
+from core.console import counted
 from core.errors import ConfigError
 from lock import workflows
 
@@ -117,7 +118,7 @@ def rows(proofs: Sequence[Proof]) -> list[str]:
     found: list[str] = []
     for each in proofs:
         checks = [f"within {each.seconds} s"]
-        checks += [f"{each.images} file{'s' * (each.images != 1)}"] if each.images >= 0 else []
+        checks += [counted(each.images, "file")] if each.images >= 0 else []
         checks += ["of {}x{}".format(*each.size)] if each.size else []
         checks += [f"at most {each.within:g} from its reference"] if each.like else []
         found.append(f"the release must run {each.name}: {', '.join(checks)}")

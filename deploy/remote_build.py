@@ -21,6 +21,7 @@ import msgspec
 
 from core import console, files, lockfile, manifest, version, workspace
 from core.arch import known_archs, parse_list
+from core.console import counted
 from core.errors import (
     BuildError,
     ConfigError,
@@ -132,14 +133,14 @@ def distribute(
                     continue
                 failed[part] = error
             idle.append(name)
-            console.say(f"{len(found)} of {len(parts)} builds done, {len(running) + len(waiting)} left")
+            console.say(f"{len(found)} of {counted(len(parts), 'build')} done, {len(running) + len(waiting)} left")
     causes = [f"{_label(parts[part])}: {error.what}" for part, error in failed.items()]
     causes += [f"{_label(parts[part])}: no host is left to build it" for part in waiting]
     causes += [f"{name} built nothing more: {error.what}" for name, error in lost.items()]
-    if failed or waiting:
+    if missing := len(failed) + len(waiting):
         raise GroupError(
             "group",
-            f"{len(failed) + len(waiting)} of {len(parts)} builds failed; the other wheels are in the wheelhouse",
+            f"{missing} of {counted(len(parts), 'build')} failed; the other wheels are in the wheelhouse",
             cause="\n".join(causes),
             hint="read the errors above; the same command continues with the missing builds",
         )

@@ -144,7 +144,8 @@ def image(
     from lock import image_base
 
     if renew_base:
-        console.say(f"locked {image_base.renew()} Debian packages in recipes/image/base.lock")
+        count, path = image_base.renew()
+        console.say(f"locked {count} Debian packages in {path}")
         return
     found = images.write(images.find_target(host, profile), platform, Path(output) if output else None)
     pushed = images.push(found, push) if push else ""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
+from core.console import counted
 from core.errors import SourceError
 from core.stack import Platform
 from deploy import containers
@@ -121,7 +122,7 @@ class Upload:
         total = sum(path.stat().st_size - offsets[digest] for digest, path in missing.items())
         if not missing:
             return
-        console.say(f"sending {len(missing)} files, {console.size(total)}")
+        console.say(f"sending {counted(len(missing), 'file')}, {console.size(total)}")
         with console.Progress("sending", total, len(missing)) as progress:
             for digest, path in missing.items():
                 self.agent.send(path, digest, offsets[digest], progress.advance)

@@ -13,6 +13,7 @@ import msgspec
 
 from agent.schema.live import Job
 from core import console
+from core.console import counted
 from core.errors import ConnectError, HostError
 from deploy import connection
 from deploy.look import look
@@ -55,11 +56,12 @@ def worse(before: Sequence[Job], after: Sequence[Job]) -> str:
     """What got worse, in words; empty if nothing did or there are too few jobs."""
     rates = [sum(job.status == "error" for job in jobs) / max(1, len(jobs)) for jobs in (before, after)]
     if min(len(before), len(after)) >= JOBS and round(rates[1] - rates[0], 6) >= RATE:
-        return f"{rates[1]:.0%} of {len(after)} jobs failed, before {rates[0]:.0%} of {len(before)}"
+        return f"{rates[1]:.0%} of {counted(len(after), 'job')} failed, before {rates[0]:.0%} of {len(before)}"
     for workflow in {job.workflow for job in after}:
         old, new = (_seconds(jobs, workflow) for jobs in (before, after))
         if min(len(old), len(new)) >= SAME and median(new) > max(SLOWER * median(old), median(old) + SECONDS):
-            return f"{len(new)} jobs of a workflow took {median(new):.1f} s (median), before {median(old):.1f} s"
+            took = f"{median(new):.1f} s (median), before {median(old):.1f} s"
+            return f"{counted(len(new), 'job')} of a workflow took {took}"
     return ""
 
 
@@ -75,7 +77,9 @@ def _seconds(jobs: Sequence[Job], workflow: str) -> list[float]:
 def watch(target: Target, outcome: Outcome, before: Sequence[Job], options: Options) -> str:
     """Poll the jobs for the time of the options; returns what got worse, empty if nothing did."""
     name, seen = target.name, dict[str, Job]()
-    console.say(f"watching {name}, with {len(before)} jobs before to compare; Ctrl-C ends this, not the release")
+    console.say(
+        f"watching {name}, with {counted(len(before), 'job')} before to compare; Ctrl-C ends this, not the release"
+    )
     end = time.monotonic() + options.watch
     try:
         with connection.connect(target, options.ask_sudo) as agent:
@@ -91,7 +95,7 @@ def watch(target: Target, outcome: Outcome, before: Sequence[Job], options: Opti
                     console.say(f"{name} has another release now: no longer watched")
                     return ""
                 if facts.service.restarts >= RESTARTS:
-                    why = f"ComfyUI died {facts.service.restarts} times"
+                    why = f"ComfyUI died {counted(facts.service.restarts, 'time')}"
                 if why:
                     return why
     except KeyboardInterrupt:
@@ -100,5 +104,5 @@ def watch(target: Target, outcome: Outcome, before: Sequence[Job], options: Opti
     except ConnectError as error:
         what = f"{name} is no longer watched; release {outcome.release} stays in service"
         raise ConnectError(error.kind, what, cause=error.what, hint=f"inv jobs --host {name}") from error
-    console.say(f"{name}: {len(seen)} jobs with release {outcome.release}, not worse than before")
+    console.say(f"{name}: {counted(len(seen), 'job')} with release {outcome.release}, not worse than before")
     return ""

@@ -9,6 +9,7 @@ import tomlkit
 from packaging.metadata import parse_email
 
 from core import console, files
+from core.console import counted
 from core.errors import SourceError
 from core.source import cached
 from kernels import source
@@ -98,4 +99,4 @@ def rows(found: Sequence[Report]) -> Iterator[str]:
     for each in found:
         yield f"{each.origin}: tree {each.tree}{'' if each.before == each.tree else ' (new)'}"
         if each.files:
-            yield f"  {each.files} files, {console.size(each.size)}: {' '.join(each.content)}"
+            yield f"  {counted(each.files, 'file')}, {console.size(each.size)}: {' '.join(each.content)}"

@@ -12,6 +12,7 @@ from packaging.version import InvalidVersion, Version
 
 from core import console, workspace
 from core.arch import known_archs, parse_list
+from core.console import counted
 from core.errors import HearthError
 from core.stack import Platform, find_stack
 
@@ -60,7 +61,7 @@ def prune(how: Confirmation) -> bool:
         if not replaced:
             console.say("nothing to prune")
         elif not how.dry_run:
-            how.require(f"delete {len(replaced)} of {len(here.wheelhouse.wheels())} wheels?")
+            how.require(f"delete {len(replaced)} of {counted(len(here.wheelhouse.wheels()), 'wheel')}?")
             here.wheelhouse.delete(old for old, _ in replaced)
     return bool(replaced)
 

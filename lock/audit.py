@@ -19,6 +19,7 @@ import tomli
 import tomlkit
 
 from core import files, foreign, shell, source, tools
+from core.console import counted
 from core.errors import AuditError, SourceError
 from lock import advisory, nodes, requirements
 from lock import application as applications
@@ -152,15 +153,16 @@ def _vulnerable(inventory: Inventory, service: str) -> Iterator[Finding]:
     if done.returncode not in (0, 1) or not done.stdout:  # 1: vulnerabilities found
         raise AuditError(
             "audit-service",
-            f"{len(inventory.packages)} packages were not looked up: uv audit failed",
+            f"{counted(len(inventory.packages), 'package')} not looked up: uv audit failed",
             cause=shell.last_words(done, 20).removeprefix("error: "),
             hint="check the network, or name a service that speaks OSV's API: inv audit --service URL",
         )
     answer = json.loads(done.stdout)
-    if answer["summary"]["audited_packages"] != len(inventory.packages):
+    looked_up = answer["summary"]["audited_packages"]
+    if looked_up != len(inventory.packages):
         raise AuditError(
             "audit-service",
-            f"uv audit looked up {answer['summary']['audited_packages']} of {len(inventory.packages)} packages",
+            f"uv audit looked up {looked_up} of {counted(len(inventory.packages), 'package')}",
             cause="this uv reads a lock in another way than the one that Hearth's own lock names",
             hint="uv sync, then the same command",
         )
@@ -200,6 +202,6 @@ def rows(found: Audit) -> Iterator[str]:
             yield f"    in {', '.join(each.where)}"
     by = "not looked up" if found.error else "by the vulnerability service"
     yield (
-        f"{len(found.findings)} findings: {found.packages} packages ({by}); packages and {found.repositories} "
-        f"repositories by the {found.advisories} entries of known-bad.toml"
+        f"{counted(len(found.findings), 'finding')}: {counted(found.packages, 'package')} ({by}); packages and "
+        f"{counted(found.repositories, 'repository')} by the {found.advisories} entries of known-bad.toml"
     )

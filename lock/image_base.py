@@ -44,7 +44,8 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _folder() -> Path:
-    return workspace.current().checkout / "recipes/image"
+    """The folder of base.toml and base.lock: $HEARTH_IMAGE_BASE, else `recipes/image`."""
+    return Path(os.environ.get("HEARTH_IMAGE_BASE") or workspace.current().checkout / "recipes/image").absolute()
 
 
 def base() -> Base:
@@ -57,13 +58,13 @@ def locked(platform: Platform, group: str) -> dict[str, tuple[str, str]]:
     rows = (line.split() for line in (_folder() / "base.lock").read_text().splitlines() if not line.startswith("#"))
     found = {name: (version, digest) for *where, name, version, digest in rows if where == [platform.value, group]}
     if not found:
-        what = f"recipes/image/base.lock has no packages of {group} for {platform.value}"
+        what = f"{_folder() / 'base.lock'} has no packages of {group} for {platform.value}"
         raise LockError("lock-stale", what, hint="inv image --renew-base")
     return found
 
 
-def renew() -> int:
-    """Resolve the packages of all groups again, for all platforms; return the number of packages.
+def renew() -> tuple[int, Path]:
+    """Resolve the packages of all groups again, for all platforms; return the number of packages and the lock.
 
     Raises SourceError if they cannot be downloaded.
     """
@@ -79,8 +80,9 @@ def renew() -> int:
                         rows.append(f"{platform.value} {group} {name} {version} {files.sha256(path)}\n")
                         known.add(name)
     head = "# Written by inv image --renew-base: platform, group, package, version, SHA-256.\n"
-    files.write(_folder() / "base.lock", head + "".join(sorted(rows)))
-    return len(rows)
+    path = _folder() / "base.lock"
+    files.write(path, head + "".join(sorted(rows)))
+    return len(rows), path
 
 
 def _download(platform: Platform, names: list[str], scratch: Path) -> dict[str, tuple[str, Path]]:

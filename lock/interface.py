@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import foreign
+from core.console import counted
 from core.errors import ConfigError, HostError
 from lock.evaluate import Code, LimitError
 from lock.readings import kept
@@ -388,7 +389,7 @@ def _differ(old: Sequence[str], new: Sequence[str]) -> bool:
 def rows(changes: Sequence[Change]) -> Iterator[str]:
     """A line per removed or changed part, and the number of added types."""
     yield from (each.said for each in changes if each.kind != "added")
-    yield f"{sum(each.kind == 'added' for each in changes)} node types are added"
+    yield f"{counted(sum(each.kind == 'added' for each in changes), 'node type')} added"
 
 
 def counts(changes: Sequence[Change]) -> str:

@@ -13,6 +13,7 @@ import msgspec
 from packaging.version import Version
 
 from core import foreign, source
+from core.console import counted
 from lock import ahead, api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
@@ -311,7 +312,8 @@ def _parts(found: Preview) -> Iterator[list[str]]:
     reports = [msgspec.structs.replace(each, already=0) for each in found.workflows]
     yield [line for each in reports for line in workflows.rows(each)]
     if read := sum(not each.error for each in reports):
-        yield [f"{read - sum(each.breaks for each in reports)} of {read} workflows are not affected"]
+        kept = read - sum(each.breaks for each in reports)
+        yield [f"{kept} of {counted(read, 'workflow')} {'is' if read == 1 else 'are'} not affected"]
     yield [f"custom node {node} {each.said}" for node, listed in found.broken.items() for each in listed]
     yield [f"{flag.owner}: {flag.what}" + (f" ({flag.remedy})" if flag.remedy else "") for flag in found.flags]
     yield [f"custom node {each.node}: not available for {each.list}: {each.reason}" for each in found.unavailable]

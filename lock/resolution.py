@@ -18,6 +18,7 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name
 
 from core import console, files, shell, tools
+from core.console import counted
 from core.errors import LockError
 from core.stack import Platform
 from lock import advisory, nodes, requirements
@@ -86,7 +87,7 @@ def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[Lo
         for done in as_completed([pool.submit(_renewed, *each, asked, known, newest) for each in stale]):
             lock, reasons = done.result()
             lists[lock.name], said = lock, said | reasons
-            progress.step(f"{lock.name}: ComfyUI {app.version} and {len(known.nodes)} nodes", 1, 0)
+            progress.step(f"{lock.name}: ComfyUI {app.version} and {counted(len(known.nodes), 'node')}", 1, 0)
     _check([*lists.values()], said)
     for name in sorted(_idle(app, known, lists, stale, asked)):
         console.say(f"warning: [override] of nodes.toml has {name}, which nothing requires")

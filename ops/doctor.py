@@ -11,6 +11,7 @@ import msgspec
 
 from agent.schema.live import Probed
 from core import files
+from core.console import counted
 from core.errors import HostError
 from deploy import host as hosts
 from deploy import plan
@@ -115,7 +116,9 @@ def rows(names: Sequence[str], findings: Sequence[Finding]) -> Iterator[str]:
 
 def _counted(problems: Sequence[Finding]) -> str:
     errors = sum(each.severity == "error" for each in problems)
-    return f"{errors} errors, {len(problems) - errors} warnings" if problems else "no problems found"
+    return (
+        f"{counted(errors, 'error')}, {counted(len(problems) - errors, 'warning')}" if problems else "no problems found"
+    )
 
 
 def code(findings: Sequence[Finding]) -> int:

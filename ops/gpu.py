@@ -16,6 +16,7 @@ import msgspec
 
 from agent.schema.live import GpuState, Sample
 from core import console
+from core.console import counted
 from core.errors import ConnectError, HearthError, HostError, UsageError
 from deploy import connection
 from deploy.look import find_target
@@ -205,5 +206,5 @@ def _recorded(place: Path, count: int, code: int) -> int:
     if not count:
         place.unlink(missing_ok=True)
     else:
-        console.say(f"{count} samples in {place}; plot them with inv gpu-plot {shlex.quote(str(place))}")
+        console.say(f"{counted(count, 'sample')} in {place}; plot them with inv gpu-plot {shlex.quote(str(place))}")
     return code

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
 from core import console
+from core.console import counted
 from core.errors import UsageError
 from deploy import refusals
 from deploy.change import Change, change_each
@@ -294,5 +295,5 @@ def show(results: Sequence[Outcome], *, as_json: bool, dry_run: bool) -> int:
 
 def _row(result: Outcome, *, dry_run: bool) -> str:
     if dry_run and result.changed:
-        return f"{result.host}: {len(result.steps)} changes"
+        return f"{result.host}: {counted(len(result.steps), 'change')}"
     return f"{result.host}: {result.state}" if result.changed else f"{result.host}: nothing to do, {result.state}"

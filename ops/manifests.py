@@ -6,15 +6,18 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from core import files
+from core import console, files
 from core.errors import UsageError
-from deploy.host import target
+from deploy.gateways import members
+from deploy.host import hosts, target
+from ops import gateway_pods
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from deploy.host import Target
+    from ops.gateway_pods import Render
 
 PORT = 8188
 DATA = "/opt/comfyui/data"
@@ -26,8 +29,13 @@ USER = 1000
 """The user of the container; it owns the volume."""
 
 
-def kubernetes(names: Sequence[str], image: str, gpus: str, storage: str, *, dra: bool) -> dict[str, str]:
-    """A Kustomize folder: file names and texts. JSON is YAML. Raises UsageError."""
+def kubernetes(
+    names: Sequence[str], image: str, gpus: str, storage: str, render: Render, *, dra: bool
+) -> dict[str, str]:
+    """A Kustomize folder: file names and texts. JSON is YAML. Raises UsageError.
+
+    It has the gateways whose hosts are all among `names`; `render` makes their configuration.
+    """
     if not image:
         raise UsageError("usage", "no image is named", hint="--image REGISTRY/NAME@sha256:...")
     if not (gpus.isdecimal() and int(gpus)):
@@ -35,15 +43,38 @@ def kubernetes(names: Sequence[str], image: str, gpus: str, storage: str, *, dra
     if not re.fullmatch(r"[1-9][0-9]*[KMGT]i?", storage):
         raise UsageError("usage", f"--storage {storage} is not a size", hint="use a size such as --storage 200Gi")
     found: dict[str, str] = {}
+    pods: dict[str, list[str]] = {}
     for each in map(target, names):
         if dra and each.profile.arch == "12.1":
             what = f"{each.name} is a GB10, on which the DRA driver fails (kubernetes-sigs/dra-driver-nvidia-gpu#1073)"
             raise UsageError("usage", what, hint="omit --dra; the device plugin 0.17.4 or newer works")
         name = "comfyui-" + re.sub(r"[^a-z0-9]+", "-", each.name.lower()).strip("-")
         objects = list(_objects(each, name, image, int(gpus), storage, dra=dra))
-        found[f"{name}.yaml"] = "---\n".join(json.dumps(value, indent=1) + "\n" for value in objects)
+        found[f"{name}.yaml"] = _yaml(objects)
+        pods[each.name] = [f"{name}-{number}.{name}" for number in range(int(gpus))]  # a StatefulSet names them so
+    found |= _gateways(pods, render)
     kustomization = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": [*found]}
     return {"kustomization.yaml": json.dumps(kustomization, indent=1) + "\n", **found}
+
+
+def _gateways(pods: dict[str, list[str]], render: Render) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, gateway in hosts().gateways.items():
+        behind = members(gateway, hosts())
+        served = {each: pods[each] for each in behind if each in pods}
+        if len(served) == len(behind):
+            objects = list(gateway_pods.objects(name, gateway, served, USER, render))
+            found[f"{objects[0]['metadata']['name']}.yaml"] = _yaml(objects)
+        elif served:
+            missing = ", ".join(each for each in behind if each not in served)
+            console.say(
+                f"gateway {name} is left out, because it also serves {missing}: choose a group of all its hosts"
+            )
+    return found
+
+
+def _yaml(objects: Sequence[dict[str, Any]]) -> str:
+    return "---\n".join(json.dumps(value, indent=1) + "\n" for value in objects)
 
 
 def _objects(found: Target, name: str, image: str, gpus: int, storage: str, *, dra: bool) -> Iterator[dict[str, Any]]:
@@ -68,7 +99,9 @@ def _objects(found: Target, name: str, image: str, gpus: int, storage: str, *, d
     )
     # headless: queue, history and websocket belong to one instance, so each has an address of its own
     ports = [{"name": "http", "port": PORT, "targetPort": "http"}]
-    yield made("v1", "Service", {"clusterIP": "None", "selector": labels, "ports": ports})
+    # a gateway checks itself, and lets requests wait: a pod keeps its name while ComfyUI restarts
+    headless = {"clusterIP": "None", "publishNotReadyAddresses": True}
+    yield made("v1", "Service", {**headless, "selector": labels, "ports": ports})
     yield made("networking.k8s.io/v1", "NetworkPolicy", _network(found, labels))
     if dra:
         request = {"name": "gpu", "exactly": {"deviceClassName": "gpu.nvidia.com"}}

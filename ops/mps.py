@@ -10,6 +10,7 @@ import msgspec
 
 from agent.schema.live import Mps
 from core import files
+from core.console import counted
 from core.errors import UsageError
 from deploy import refusals
 from deploy.change import Change, change_each
@@ -139,7 +140,7 @@ def problems(mps: Mps, at: str, *, cuda: bool) -> list[Problem]:
     elif mps.service_pid and cuda and mps.service_pid not in clients:
         found.append(Problem("ComfyUI uses the GPU, but not through MPS", f"inv restart {at}"))
     if mps.restarts:
-        found.append(Problem(f"the MPS daemon was restarted {mps.restarts} times, and ComfyUI with it",
+        found.append(Problem(f"the MPS daemon was restarted {counted(mps.restarts, 'time')}, and ComfyUI with it",
                              "on the host: journalctl --unit '*-mps'"))  # fmt: skip
     return found
 

@@ -12,6 +12,7 @@ import msgspec
 from agent.sanitise import DRAFT, sanitise
 from agent.schema.live import Sanitised
 from core import console
+from core.console import counted
 from core.errors import UsageError
 from deploy import connection
 from deploy.look import find_target
@@ -88,4 +89,5 @@ def rows(found: Iterable[Sanitised], results: Sequence[Sanitised]) -> Iterator[s
             listed = ", ".join(each.removed[:8]) + ", ..." * (len(each.removed) > 8)
             yield f"{each.path}{to}: {_STATES[each.state]}: {listed}"
     counts = {text: sum(each.state == state for each in results) for state, text in _STATES.items()}
-    yield f"{len(results)} files: {', '.join(f'{number} {text}' for text, number in counts.items() if number)}"
+    listed = ", ".join(f"{number} {text}" for text, number in counts.items() if number)
+    yield f"{counted(len(results), 'file')}: {listed}"

@@ -15,6 +15,7 @@ import msgspec
 
 from agent.schema.live import Disk, Glance
 from core import console
+from core.console import counted
 from core.errors import UsageError
 from deploy import plan
 from deploy.inputs import gather
@@ -95,7 +96,7 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
     if facts.current and not facts.service.enabled and not facts.paused:
         problem("the service is not started at boot", f"inv resume {at}")
     if facts.service.restarts:
-        problem(f"the service was restarted {facts.service.restarts} times", f"inv doctor {at}")
+        problem(f"the service was restarted {counted(facts.service.restarts, 'time')}", f"inv doctor {at}")
     if facts.last and facts.last.get("result") != "done":
         last = facts.last
         problem(f"the last {last['action']} ({last['at']}) {last['result']}: {last['error']}", f"inv attach {at}")

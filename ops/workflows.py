@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from core import source
+from core.console import counted
 from core.errors import HearthError, UsageError
 from deploy import connection
 from deploy.look import find_target
@@ -111,4 +112,4 @@ def rows(checked: Checked) -> Iterator[str]:
     for each in checked.reports:
         yield from workflows.rows(each)
     broken, read = sum(each.breaks for each in checked.reports), sum(not each.error for each in checked.reports)
-    yield f"{read - broken} of {read} workflows fit {checked.against}"
+    yield f"{read - broken} of {counted(read, 'workflow')} {'fits' if read == 1 else 'fit'} {checked.against}"

@@ -108,7 +108,7 @@ def adopt(layout: Layout, step: Adopt, note: Note) -> None:
         _take_tree(layout, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents)
     )
     if kept:
-        note(f"{kept} files keep their owners and modes: they have hard links, or another owner than the installation")
+        note(f"files that keep their owners and modes (hard links, or owners other than the installation's): {kept}")
 
 
 def _move_tree(source: Path, target: Path, record: AdoptionJournal) -> list[str]:
@@ -288,7 +288,7 @@ def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
             stuck.append(str(error))
     if stuck:
         hint = "inspect them, then run the same command again"
-        raise AgentError("step", f"{len(stuck)} paths could not be restored", "\n".join(stuck[:20]), hint)
+        raise AgentError("step", f"paths that could not be restored: {len(stuck)}", "\n".join(stuck[:20]), hint)
     shutil.rmtree(layout.state / "adopted", ignore_errors=True)
     record.path.rename(record.path.with_name("adopted.undone.jsonl"))
     sync(layout.state)

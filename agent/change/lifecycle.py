@@ -78,7 +78,7 @@ def end_all(layout: Layout) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > end:
-            what = f"{len(left)} processes of {layout.user or 'the service'} do not end"
+            what = f"processes of {layout.user or 'the service'} do not end: {len(left)}"
             raise AgentError("step", what, f"the first: {left[:5]}", "inspect them on the host; a reboot ends them")
         time.sleep(0.1)
 
@@ -210,12 +210,12 @@ def _sweep(paths: list[Path], note: Note) -> None:
     for path in paths:
         sweep.delete(path)
     os.sync()  # deleted files must not reappear after a power loss
-    note(f"{sweep.files} files deleted")
+    note(f"deleted files: {sweep.files}")
     for point in sweep.left:
         note(f"kept, it is a mount point: {point}")
     if sweep.stuck:
         more = [f"and {len(sweep.stuck) - 20} more"] if len(sweep.stuck) > 20 else []
-        what = f"{len(sweep.stuck)} paths could not be deleted"
+        what = f"paths that could not be deleted: {len(sweep.stuck)}"
         hint = "inspect them (lsattr shows immutable files), then run the same command again"
         raise AgentError("step", what, "\n".join([*sweep.stuck[:20], *more]), hint)
 

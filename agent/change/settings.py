@@ -213,7 +213,7 @@ def undo_settings(layout: Layout, step: Unset, note: Note) -> None:
     if step.serves:
         await_answer(layout, manager_of(layout), note)
     if kept:
-        what = f"{len(kept)} changes were not undone, since others changed the same places later"
+        what = "some changes were not undone, since others changed the same places later"
         raise AgentError("changed", what, "\n".join(kept), "check them; --force restores the state before Hearth")
 
 

@@ -65,6 +65,7 @@ _BOXES = _CONTAINERS | frozenset(
 )
 _TRACKS = (b"vide", b"soun", b"text", b"sbtl", b"subt", b"clcp")
 COPY = "may hold metadata; copy only video and sound: ffmpeg -map 0:v -map 0:a"
+_UUIDS = {"d8fec3d61b0e483c92975828877ec481": "C2PA", "be7acfcb97a942e89c71999491e3afac": "XMP"}
 _STILLS = frozenset(b"mif1 msf1 heic heix hevc hevx avif avis crx".split())
 
 
@@ -100,7 +101,8 @@ def _boxes(found: Cleaner, at: int, end: int, parent: bytes, depth: int) -> Iter
         elif kind in (b"free", b"skip", b"wide") and found.blank(at + head, size - head):
             found.keep(at, size)
         else:
-            found.drop({b"udta": "tags", b"meta": "tags"}.get(kind, kind.decode("latin-1")))
+            named = found.read(at + head, 16).hex() if kind == b"uuid" and size >= head + 16 else ""
+            found.drop(_UUIDS.get(named) or {b"udta": "tags", b"meta": "tags"}.get(kind, kind.decode("latin-1")))
             found.pieces += [found.read(at, 4) + b"free" + found.read(at + 8, head - 8), (ZEROS, size - head)]
         at += size
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from core import console
+from core.console import counted
 from lock import preview
 from lock.preview import COMFYUI, Preview
 from lock.updates import update
@@ -62,16 +63,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def summary(made: Proposal, trial: Trial | None, failures: Iterable[str]) -> str:
     """A line such as `ComfyUI 0.46.0: 41 of 41 workflows pass, 3 % faster, 2 unused node types removed`."""
     facts = [*_facts(_preview(made, trial)), *(_tried(trial) if trial else ())]
-    facts += [f"{_count(unread, 'upstream')} did not answer"] if (unread := len([*failures])) else []
+    facts += [f"{counted(unread, 'upstream')} did not answer"] if (unread := len([*failures])) else []
     moves = [f"{each.name} {each.new}" for each in made.moves if each.part == "comfyui"]
     for part, what in (("nodes", "custom node"), ("stack", "stack package"), ("tool", "tool package")):
         count = sum(each.part == part for each in made.moves)
-        moves += [_count(count, what)] * bool(count)
+        moves += [counted(count, what)] * bool(count)
     return ": ".join(filter(None, (", ".join(moves) or "nothing is newer", ", ".join(facts))))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _preview(made: Proposal, trial: Trial | None) -> Preview | None:
@@ -84,15 +81,15 @@ def _facts(found: Preview | None) -> Iterator[str]:
         return
     read = [each for each in found.workflows if not each.error]
     if read:
-        yield f"{sum(not each.breaks for each in read)} of {_count(len(read), 'workflow')} pass"
+        yield f"{sum(not each.breaks for each in read)} of {counted(len(read), 'workflow')} pass"
     if unread := len(found.workflows) - len(read):
-        yield f"{_count(unread, 'workflow')} cannot be read"
+        yield f"{counted(unread, 'workflow')} cannot be read"
     used = {one.type for each in read for one in each.findings}
     removed = {each.type for each in found.types.get(COMFYUI, ()) if each.kind == "removed"}
     if unused := len(removed - used):
-        yield f"{_count(unused, 'unused node type')} removed"
+        yield f"{counted(unused, 'unused node type')} removed"
     if found.broken:
-        yield f"{_count(len(found.broken), 'broken custom node')}"
+        yield f"{counted(len(found.broken), 'broken custom node')}"
 
 
 def _tried(trial: Trial) -> Iterator[str]:

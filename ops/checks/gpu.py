@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from core.console import counted
 from core.manifest import capabilities
 from deploy import plan, release_refusals
 from ops.checks.case import Case, Check
@@ -66,7 +67,7 @@ def _kernels(case: Case) -> Iterator[Problem]:
 def _faults(case: Case) -> Iterator[Problem]:
     if lines := [line for line in case.probe.kernel.lines if "Xid" in line]:
         yield Problem(
-            f"the GPU driver reported {len(lines)} errors, the last: {lines[-1].strip()[:140]}",
+            f"the GPU driver reported {counted(len(lines), 'error')}, the last: {lines[-1].strip()[:140]}",
             "look up the Xid in NVIDIA's catalogue; a reboot recovers a GPU that has fallen off the bus",
         )
 

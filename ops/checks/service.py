@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from core import console
+from core.console import counted
 from deploy import refusals
 from ops.checks.case import Case, Check
 from ops.status import Problem
@@ -33,7 +34,7 @@ def _service(case: Case) -> Iterator[Problem]:
         yield Problem(f"the service is not running ({service.state})", f"inv start {case.at}")
     elif service.restarts >= 3:  # a deploy starts it once; systemd gives up at the fifth within five minutes
         yield Problem(
-            f"the service keeps crashing ({service.restarts} restarts); its log: {line}",
+            f"the service keeps crashing ({counted(service.restarts, 'restart')}); its log: {line}",
             f"inv logs {case.at}; inv rollback {case.at}",
         )
     elif comfyui.state == "silent":

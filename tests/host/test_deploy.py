@@ -82,7 +82,7 @@ def test_facts_releases_history_and_what_a_release_holds(deployed: Fleet) -> Non
     assert len(listed) == len([each for each in found.values() if each["bom-ref"].startswith("pkg:pypi/")])
     audited = deployed.inv("audit", "--host", "spark", "--service", "http://127.0.0.1:1", UV_HTTP_RETRIES="0")
     assert audited.returncode == 74, audited.stderr
-    assert f"1 findings: {len(listed)} packages (not looked up)" in audited.stdout
+    assert f"1 finding: {len(listed)} packages (not looked up)" in audited.stdout
     assert audited.stdout.startswith("comfy-aimdo 0.4.11: ")  # known bad, and required by this ComfyUI
 
 

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.test_image import Images, require_base
+from core import files
+from core.stack import Platform
+from lock import image_base
+from tests.image_base import available_base
+from tests.unit.test_image import Images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +37,11 @@ default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
 @pytest.fixture
 def podman(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a Podman with its own storage, without systemd's timers for health checks."""
-    require_base()
+    with available_base():
+        yield from engine(tmp_path)
+
+
+def engine(tmp_path: Path) -> Iterator[dict[str, str]]:
     (tmp_path / "engine.conf").write_text(ENGINE)
     storage = f'[storage]\ndriver = "overlay"\ngraphroot = "{tmp_path}/graph"\nrunroot = "{tmp_path}/run"\n'
     (tmp_path / "storage.conf").write_text(storage)
@@ -98,3 +106,17 @@ def test_data_of_another_user_is_reported(podman: dict[str, str], tmp_path: Path
             break
         time.sleep(0.2)
     assert "error[not-writable]" in said
+
+
+def test_tests_resolve_a_base_whose_packages_are_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A version that no mirror has, as after a security update; `inv image --renew-base` locks the present ones."""
+    locked = (files.CHECKOUT / "recipes/image/base.lock").read_text()
+    (tmp_path / "base.toml").write_text((files.CHECKOUT / "recipes/image/base.toml").read_text())
+    stale, count = re.subn(r" dash \S+", " dash 0.1", locked)
+    assert count == 2
+    (tmp_path / "base.lock").write_text(stale)
+    monkeypatch.setenv("HEARTH_IMAGE_BASE", str(tmp_path))
+    with available_base():
+        assert image_base._folder() != tmp_path
+        assert image_base.locked(Platform.LINUX_AARCH64, "base")["dash"][0] != "0.1"
+    assert image_base._folder() == tmp_path

@@ -139,7 +139,7 @@ def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: py
     garden.write(second, bad, monkeypatch=monkeypatch)
     done = garden.deploy("good", "bad")
     assert done.returncode == 0, done.stderr
-    assert "sending 1 files" in done.stderr  # one node was changed
+    assert "sending 1 file," in done.stderr  # one node was changed
     assert len(re.findall(r"-> make node-", done.stderr)) == 1
     assert "node types that no longer exist: HearthTwo" in done.stderr
     assert (kept / "presets/shipped.txt").read_text() == "edited by its user"

@@ -131,7 +131,7 @@ def test_mps_life_cycle(steady: Fleet) -> None:
                 time.sleep(0.5)
             assert pid != first
             assert steady.answers()
-            assert "was restarted 1 times" in mps(steady, "status", code=1)
+            assert "was restarted 1 time," in mps(steady, "status", code=1)
 
             # The daemon cannot restart.
             machine.run("mv /usr/bin/nvidia-cuda-mps-control /usr/bin/away")

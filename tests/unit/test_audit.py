@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from core import files
+from core import console, files
 from core.errors import AuditError
 from deploy.inputs import gather
 from lock import advisory, application, audit, nodes, requirements
@@ -144,7 +144,7 @@ def test_curated_findings_are_shown_without_the_service() -> None:
     found = audit.check(stock(("litellm", "1.82.8"), repositories=(bad,)), "http://127.0.0.1:1")
     assert [(each.name, each.at) for each in found.findings] == [("x", "a" * 40), ("litellm", "1.82.8")]
     assert found.error is not None
-    assert "1 packages were not looked up" in found.error.what
+    assert "1 package not looked up" in found.error.what
     assert "127.0.0.1:1" in found.error.cause
 
 
@@ -153,7 +153,7 @@ def test_uncertain_findings_are_marked(certain: bool, said: str) -> None:
     finding = audit.Finding("x", "1", ("CVE-1",), "a hole", "fixed in 2", "https://example.org", certain=certain)
     first, second, last = audit.rows(audit.Audit(1, 0, 0, (finding,), None))
     assert (first, second) == (said, "    CVE-1; fixed in 2; https://example.org")
-    assert last.startswith("1 findings: 1 packages")
+    assert last.startswith("1 finding: 1 package ")
 
 
 @dataclass
@@ -189,9 +189,8 @@ def test_audit_covers_all_locks(osv: Osv, tmp_path: Path) -> None:
     assert clean.returncode == 0, clean.stderr
     size = len(advisory.advisories())
     kept = len(audit.check(Inventory(dict.fromkeys(osv.packages, ()), ()), osv.url).findings)
-    looked = (
-        f"{kept} findings: {len(osv.packages)} packages (by the vulnerability service); packages and 1 repositories"
-    )
+    findings = console.counted(kept, "finding")
+    looked = f"{findings}: {len(osv.packages)} packages (by the vulnerability service); packages and 1 repository"
     assert clean.stdout.splitlines()[-1] == f"{looked} by the {size} entries of known-bad.toml"
     assert clean.stdout.count("it is kept: ") == kept
     own.list_nodes(STEALER)

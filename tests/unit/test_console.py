@@ -18,7 +18,7 @@ import pytest
 from agent.schema.change import Erase
 from agent.schema.live import Job
 from core import console, files
-from core.console import age, clock, printable, size
+from core.console import age, clock, counted, printable, size
 from core.errors import ConnectError
 from deploy import change, outcome
 from deploy.change import Outcome
@@ -40,6 +40,21 @@ def test_clock(seconds: float, text: str) -> None:
 )
 def test_size(number: float, text: str) -> None:
     assert size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "text"),
+    [
+        (0, "file", "0 files"),
+        (1, "file", "1 file"),
+        (2, "node type", "2 node types"),
+        (1, "process", "1 process"),
+        (2, "process", "2 processes"),
+        (3, "repository", "3 repositories"),
+    ],
+)
+def test_counted(number: int, noun: str, text: str) -> None:
+    assert counted(number, noun) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-3, "0 s"), (59.9, "59 s"), (3599, "59 min"), (90000, "1 d")])

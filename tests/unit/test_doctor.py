@@ -220,7 +220,7 @@ def test_builds_that_lack_a_compiler_for_some_archs() -> None:
 def test_every_problem_is_followed_by_its_fix() -> None:
     found = [Finding("box", "abilities", "info", "deploy: yes", ""), Finding("box", "disk", "warning", "full", "rm x")]
     assert list(doctor.rows(["box", "other"], found)) == [
-        "box: 0 errors, 1 warnings", "  deploy: yes", "  warning: full  [disk]", "    fix: rm x",
+        "box: 0 errors, 1 warning", "  deploy: yes", "  warning: full  [disk]", "    fix: rm x",
         "other: no problems found",
     ]  # fmt: skip
     assert (doctor.code(found), doctor.code(found[:1])) == (1, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import http.server
 import json
 import os
 import re
@@ -24,7 +24,6 @@ import pytest
 
 from agent.serve import container
 from core import files, workspace
-from core.errors import LockError
 from core.stack import Platform
 from deploy import host as hosts
 from deploy import image as images
@@ -34,6 +33,7 @@ from lock import image_base
 from lock.nodes import Node
 from tests.client import Client
 from tests.errors import kind_of, raises
+from tests.image_base import available_base
 from tests.plans import inputs as plan_inputs
 from tests.plans import spark
 from tests.unit.test_bundle import APP, SIX
@@ -100,23 +100,10 @@ class Images(Client):
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def require_base() -> None:
-    """Skip the test where apt cannot fetch the locked base: a security update replaces a package on the mirrors."""
-    if "bookworm" not in Path("/etc/os-release").read_text() and "HEARTH_DEBIAN_SOURCES" not in os.environ:
-        pytest.skip("the base of images needs Debian 12, or HEARTH_DEBIAN_SOURCES")
-    try:
-        for platform, group in itertools.product(Platform, image_base.GROUPS):
-            image_base.tree(platform, group)
-    except LockError as error:
-        if error.kind != "lock-stale":
-            raise
-        pytest.skip(f"{error.what}; renew them: inv image --renew-base")
-
-
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    require_base()
-    return Images(tmp_path_factory.mktemp("first"))
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Images]:
+    with available_base():
+        yield Images(tmp_path_factory.mktemp("first"))
 
 
 @pytest.fixture(scope="module")
@@ -560,3 +547,31 @@ def test_a_registry_that_does_not_take_the_image_is_an_error(made: tuple[Path, d
         images.push(found, f"{address}/anna/comfyui")
     with raises("usage"):
         images.push(found, "comfyui")
+
+
+class Closed(http.server.BaseHTTPRequestHandler):
+    """A registry that wants a login."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="registry"')
+        self.end_headers()
+
+    do_HEAD = do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.installer
+@pytest.mark.needs("skopeo")
+def test_a_registry_that_wants_a_login_names_it(made: tuple[Path, dict[str, Any]]) -> None:
+    place, image = made
+    found = images.Image(**{name: value for name, value in image.items() if name != "pushed"} | {"path": place})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
+        address = f"127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with raises("registry") as caught:
+            images.push(found, f"{address}/anna/comfyui")
+        server.shutdown()
+    assert caught.value.hint == f"skopeo login {address}"

@@ -88,7 +88,7 @@ def test_differences_of_two_trees(former: Interface) -> None:
     assert len(back) == len(changes)
     assert interface.compare(read, read) == []
     rows = [*interface.rows(changes)]
-    assert rows[-1] == "2 node types are added"
+    assert rows[-1] == "2 node types added"
     assert {
         "ImageSaver removed",
         "KSampler.strength input-removed: FLOAT",

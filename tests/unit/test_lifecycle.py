@@ -298,7 +298,7 @@ def test_undeletable_paths_are_reported(tmp_path: Path, monkeypatch: pytest.Monk
         real(name, dir_fd=dir_fd)
 
     monkeypatch.setattr(os, "unlink", refuse)
-    with pytest.raises(AgentError, match="1 paths could not be deleted") as caught:
+    with pytest.raises(AgentError, match="paths that could not be deleted: 1") as caught:
         steps.delete(layout(tmp_path), Delete("t", "w", "u", ("parts",)), lambda _: None)
     assert caught.value.report["cause"] == f"{tmp_path}/parts/one/fixed: Operation not permitted"
     assert not (tmp_path / "parts/other").exists()
@@ -418,7 +418,7 @@ def test_failed_nuke_keeps_its_journal(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
-    assert events[-1]["error"]["what"] == "1 paths could not be deleted"
+    assert events[-1]["error"]["what"] == "paths that could not be deleted: 1"
     assert not own.pending.exists()
 
 

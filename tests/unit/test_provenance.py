@@ -1,4 +1,4 @@
-"""Our node signs pictures; C2PA's own reader validates them with the certificate authority of the test."""
+"""Our nodes sign pictures and videos; C2PA's own reader validates them with the certificate authority of the test."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import c2pa
 import numpy as np
 import pytest
@@ -77,6 +78,39 @@ class Tensor:
         return self.values
 
 
+class Components:
+    """ComfyUI's VideoFromComponents, which encodes frames with PyAV. Its own needs torch."""
+
+    def __init__(self, frames: np.ndarray[Any, Any]) -> None:
+        self.frames = frames
+
+    def save_to(self, path: io.BytesIO, metadata: dict[str, str] | None = None) -> None:
+        with av.open(path, "w", format="mp4", options={"movflags": "use_metadata_tags"}) as file:
+            file.metadata.update(metadata or {})
+            stream: av.VideoStream = file.add_stream("h264", rate=8)
+            _, stream.height, stream.width, _ = self.frames.shape
+            stream.pix_fmt = "yuv420p"
+            for each in self.frames:
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(each, "rgb24")))
+            file.mux(stream.encode())
+
+
+class LoadedVideo:
+    """What the node uses of a video that was loaded from a file: its streams would be copied, with the metadata."""
+
+    def __init__(self, frames: np.ndarray[Any, Any]) -> None:
+        self.frames = frames
+
+    def get_dimensions(self) -> tuple[int, int]:
+        return self.frames.shape[2], self.frames.shape[1]
+
+    def get_components(self) -> np.ndarray[Any, Any]:
+        return self.frames
+
+    def save_to(self, path: io.BytesIO) -> None:
+        Components(self.frames).save_to(path, {"prompt": "a secret"})
+
+
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The node, with what it uses of ComfyUI."""
@@ -85,6 +119,9 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         get_save_image_path=lambda prefix, folder, *_: (folder, prefix, 1, "", prefix),
     )
     monkeypatch.setitem(sys.modules, "folder_paths", paths)
+    implementations: Any = SimpleNamespace(VideoFromComponents=Components)
+    monkeypatch.setitem(sys.modules, "comfy_api", SimpleNamespace(input_impl=implementations))
+    monkeypatch.setitem(sys.modules, "comfy_api.input_impl", implementations)
     monkeypatch.delitem(sys.modules, "recipes.comfyui.provenance", raising=False)
     return import_module("recipes.comfyui.provenance")
 
@@ -130,6 +167,39 @@ def test_signed_pictures_are_valid_and_trusted(node: ModuleType, authority: str,
     assert path.stat().st_size - len(plain.getvalue()) < 20_000
     with Image.open(path) as signed, Image.open(plain) as unsigned:
         assert signed.tobytes() == unsigned.tobytes()
+
+
+def decoded(path: Any) -> list[bytes]:
+    with av.open(path) as file:
+        return [frame.to_ndarray(format="yuv420p").tobytes() for frame in file.decode(video=0)]
+
+
+def test_a_signed_video_is_valid_and_trusted(node: ModuleType, authority: str, tmp_path: Path) -> None:
+    frames = np.random.default_rng(1).integers(0, 256, (4, 64, 96, 3), np.uint8)
+    (saved,) = node.SaveSignedVideo().save(LoadedVideo(frames), "a", "algorithmicMedia")["ui"]["images"]
+    assert saved["filename"] == "a_00001_.mp4"
+    path = tmp_path / saved["filename"]
+    assert validated(path, authority)["validation_state"] == "Trusted"
+    assert b"a secret" not in path.read_bytes()
+    plain = io.BytesIO()
+    Components(frames).save_to(plain)
+    assert path.stat().st_size - len(plain.getvalue()) < 20_000
+    plain.seek(0)
+    assert decoded(str(path)) == decoded(plain)
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"mdat") + 50] ^= 1
+    path.write_bytes(raw)
+    assert validated(path, authority)["validation_state"] == "Invalid"
+
+
+@pytest.mark.usefixtures("authority")
+def test_content_credentials_of_a_video_are_removed_like_other_metadata(node: ModuleType, tmp_path: Path) -> None:
+    frames = np.zeros((2, 64, 96, 3), np.uint8)
+    node.SaveSignedVideo().save(LoadedVideo(frames), "a", "digitalCreation")
+    found = sanitise(tmp_path, "a_00001_.mp4", write=True, replace=True)
+    assert (found.state, "C2PA" in found.removed) == ("written", True)
+    with pytest.raises(c2pa.C2paError.ManifestNotFound):
+        c2pa.Reader(str(tmp_path / "a_00001_.mp4"))
 
 
 def test_another_authority_is_not_trusted_and_a_changed_picture_is_invalid(

@@ -182,7 +182,7 @@ def test_the_watermark_uses_only_nodes_of_comfyui(hearth: Hearth) -> None:
     (hearth.cache / "sources" / comfyui.tree().name).symlink_to(comfyui.tree())
     done = hearth.inv("workflows.check", "--file", "docs/how-to/watermark.json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("1 of 1 workflows fit")
+    assert done.stdout.startswith("1 of 1 workflow fits")
 
 
 @pytest.mark.needs("root")

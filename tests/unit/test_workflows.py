@@ -420,7 +420,7 @@ def test_host_lists_its_types_and_the_workflows_saved_on_it(tmp_path: Path, host
         "local:bad.json": (False, True),
     }
     assert (done.returncode, kind_of(done.stderr), done.stderr.count("bad.json")) == (10, "config", 1)
-    assert (own.returncode, own.stdout) == (0, "1 of 1 workflows fit local\n"), own.stderr
+    assert (own.returncode, own.stdout) == (0, "1 of 1 workflow fits local\n"), own.stderr
     stopped = host.inv("workflows.check", "--host", "local", **settings)
     assert (stopped.returncode, kind_of(stopped.stderr)) == (69, "no-answer")
 
@@ -439,7 +439,7 @@ def test_version_is_fetched_by_its_tag(tmp_path: Path, host: Hearth) -> None:
     app["source"] = [{"folder": "src"}, {"git": f"file://{place}", "commit": "0" * 40}]
     (tmp_path / "app/app.toml").write_text(tomlkit.dumps(app))
     done = host.inv("workflows.compare", "--to", "1.1", HEARTH_APP=str(tmp_path / "app"))
-    assert done.stdout == "Gone removed\n0 node types are added\n", done.stderr
+    assert done.stdout == "Gone removed\n0 node types added\n", done.stderr
     done = host.inv("workflows.compare", "--to", "1.2", HEARTH_APP=str(tmp_path / "app"))
     assert (kind_of(done.stderr), done.returncode) == ("unknown-name", 15)
 
