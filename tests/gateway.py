@@ -125,11 +125,11 @@ class StandIn:
         self, headers: Mapping[str, str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         accept = hashlib.sha1(headers["sec-websocket-key"].encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        self.sockets += 1
         writer.write(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: " + base64.b64encode(accept) + b"\r\n\r\n"
         )
-        self.sockets += 1
         while data := await reader.read(4096):
             writer.write(data)
             await writer.drain()
