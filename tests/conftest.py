@@ -65,6 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--spark", action="store_true", help="a deploy to an emulated arm64 host")
     parser.addoption("--browser", action="store_true", help="people use a deployed gateway by Chromium")
+    parser.addoption("--podman", action="store_true", help="deploys of containers to a Debian 13")
 
 
 def pytest_configure() -> None:

@@ -19,7 +19,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             "test_ssh.py",
         ):
             item.add_marker(pytest.mark.needs(*machine.NEEDS))
-    left_out = [name for name in ("faults", "spark", "browser") if not config.getoption(f"--{name}", default=False)]
+    left_out = [
+        name for name in ("faults", "spark", "browser", "podman") if not config.getoption(f"--{name}", default=False)
+    ]
     deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
     items[:] = [item for item in items if item not in deselected]
     config.hook.pytest_deselected(items=deselected)

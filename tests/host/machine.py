@@ -23,6 +23,9 @@ from core import files, workspace
 PACKAGES = "systemd,systemd-sysv,dbus,openssh-server,sudo,python3,iproute2,ca-certificates,procps"
 LOGIN = "deployer"
 
+CONTAINERS = "podman,crun,uidmap,passt,dbus-user-session,libpam-systemd,polkitd"
+"""What Debian 13 has in addition, for containers of Podman."""
+
 FIREWALL = ("--system-call-filter=bpf", "--capability=CAP_BPF,CAP_NET_ADMIN,CAP_PERFMON,CAP_SYS_RESOURCE")
 """Flags that let a machine's systemd enforce IPAddressDeny=, for which it attaches BPF programs."""
 
@@ -38,20 +41,21 @@ NEEDS = ("root", "systemd-nspawn", "debootstrap", "ssh", "ssh-keygen", "mkfs.xfs
 """The requirements for booting machines, as arguments of the mark `needs`."""
 
 
-def base(arch: str) -> Path:
-    """The root below the machines' overlays, for an arch (Debian's name); created once, in a minute."""
-    place = workspace.current().cache / "hosts" / f"bookworm-{arch}"
+def base(suite: str, arch: str) -> Path:
+    """The root below the machines' overlays, for a Debian and an arch (its name); created once, in a minute."""
+    place = workspace.current().cache / "hosts" / f"{suite}-{arch}"
     # One at a time: two debootstraps with a common package folder delete each other's packages.
     with files.locked(workspace.current().cache / "hosts/base.lock", lambda: None):
         if not place.is_dir():
-            _make_base(arch, place)
+            _make_base(suite, arch, place)
     return place
 
 
-def _make_base(arch: str, place: Path) -> None:
+def _make_base(suite: str, arch: str, place: Path) -> None:
+    packages = PACKAGES if suite == "bookworm" else f"{PACKAGES},{CONTAINERS}"
     with files.atomic_dir(place) as part:
-        words = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", f"--arch={arch}"]
-        words += [f"--cache-dir={_made(workspace.current().cache / 'hosts/debs')}", "bookworm", str(part)]
+        words = ["debootstrap", "--variant=minbase", f"--include={packages}", f"--arch={arch}"]
+        words += [f"--cache-dir={_made(workspace.current().cache / 'hosts/debs')}", suite, str(part)]
         native = subprocess.run(["dpkg", "--print-architecture"], capture_output=True, text=True).stdout.strip()
         if arch != native:
             _emulate()
@@ -157,6 +161,7 @@ class Machine:
 
     place: Path
     prefix: str
+    suite: str = "bookworm"
     arch: str = "amd64"
     downloads: bool = False
     network: bool = True
@@ -172,8 +177,9 @@ class Machine:
         self.mount()
         if self.downloads:
             self.share_downloads()
-        with (self.root / "etc/python3.11/sitecustomize.py").open("a") as file:
-            file.write(SITE)
+        for place in self.root.glob("etc/python3.*"):
+            with (place / "sitecustomize.py").open("a") as file:
+                file.write(SITE)
         for key in ("client", "host"):
             words = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", str(self.place / key)]
             subprocess.run(words, check=True)
@@ -203,7 +209,7 @@ class Machine:
         """Mount the machine's root."""
         for name in ("upper", "work"):
             (self.disk / name).mkdir(exist_ok=True)
-        lower = ":".join(str(each) for each in (*self.layers, base(self.arch)))
+        lower = ":".join(str(each) for each in (*self.layers, base(self.suite, self.arch)))
         # redirect_dir: a folder of a layer can be renamed, as on any other file system
         options = f"lowerdir={lower},upperdir={self.disk}/upper,workdir={self.disk}/work,redirect_dir=on"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.root)], check=True)

@@ -1,0 +1,101 @@
+"""`runtime = "podman"` on a booted Debian 13: a unit of Quadlet runs the real ComfyUI. `nox -s host -- --podman`.
+
+Nested, a machine has no control group controllers, so nothing here limits memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.host.fleet import Fleet, fresh, link_environment, within
+from tests.host.machine import LOGIN
+
+pytestmark = [pytest.mark.host, pytest.mark.podman]
+
+SETTINGS = '[hosts.spark.override]\nmemory_max = "infinity"\n'
+# Podman 5 needs a unified hierarchy; a login's containers mount /proc.
+NSPAWN = {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "1"}
+MORE = ("--capability=all", "--drop-capability=CAP_SYS_RESOURCE", "--system-call-filter=add_key keyctl bpf")
+ENGINE = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]\npids_limit = 0\n'
+HOME = f"home/{LOGIN}/.local/share"
+
+
+class Contained(Fleet):
+    """A fleet whose host `spark` runs ComfyUI in a container."""
+
+    scope = "system"
+
+    @property
+    def prefix(self) -> Path:
+        return self.machine.root / ("opt/comfyui" if self.scope == "system" else f"{HOME}/hearth/comfyui")
+
+    def configure(self, text: str = "", profile: str = "cpu") -> None:
+        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{text}{SETTINGS}', profile)
+
+    def ctl(self, words: str) -> str:
+        user = f"--user --machine={LOGIN}@ " if self.scope == "user" else ""
+        return self.machine.run(f"systemctl {user}{words}", check=False).strip()
+
+
+@pytest.fixture(params=["system", "user"])
+def box(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contained]:
+    for name, value in NSPAWN.items():
+        monkeypatch.setenv(name, value)
+    user = request.param == "user"
+    kind = type("Of", (Contained,), {"scope": request.param})
+    with fresh(tmp_path, f"podman-{request.param}", kind, bare=user, suite="trixie", more=MORE) as one:
+        root, store = one.machine.root, one.machine.place / "containers"
+        own = f"{HOME}/containers" if user else "var/lib/containers"
+        if user:
+            link_environment(one.machine.disk / f"upper/{HOME}/hearth/comfyui")
+        # Podman's overlays cannot be on the machine's own overlay.
+        store.mkdir()
+        one.machine.more += (f"--bind={store}:/{own}",)
+        (root / own).mkdir(parents=True, exist_ok=True)
+        (root / "etc/containers/containers.conf.d").mkdir(parents=True, exist_ok=True)
+        (root / "etc/containers/containers.conf.d/here.conf").write_text(ENGINE)
+        one.machine.boot()
+        one.machine.run("mkdir -p /dev/net && mknod -m 666 /dev/net/tun c 10 200")
+        if user:
+            one.machine.run(f"find /home/{LOGIN} -type d -exec chown {LOGIN}: {{}} +")  # files are shared
+        yield one
+
+
+def test_a_container_has_a_hosts_life(box: Contained) -> None:
+    done = box.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "the second picture arrived" in done.stderr
+    first = box.current()
+    assert "nothing to do" in box.deploy("--dry-run").stdout
+    pid = int(box.ctl("show --property MainPID --value comfyui"))
+    assert "conmon" in box.machine.run(f"cat /proc/{pid}/comm")
+    assert "CapEff:\t0000000000000000" in box.machine.run("cat /proc/$(pgrep -f /app/main.py | head -1)/status")
+    assert "no problems found" in box.inv("status", "--host", "spark").stdout
+    assert "Starting server" in box.inv("logs", "--host", "spark", "--lines", "500").stdout
+
+    box.machine.run("pkill -KILL -f /app/main.py")
+    assert within(30, lambda: box.ctl("show --property NRestarts --value comfyui") == "1")
+    assert box.answers(90)
+
+    box.configure('metadata = "none"\n')
+    done = box.deploy()
+    assert done.returncode == 0, done.stderr
+    assert box.current() != first
+    done = box.inv("rollback", "--host", "spark", "--no-trial")
+    assert (done.returncode, box.current()) == (0, first), done.stderr
+
+    dies = box.comfyui("dies", {"main.py": (r"\A", "raise SystemExit(3)\n")})
+    done = box.deploy("--no-trial", HEARTH_APP=str(dies))
+    assert done.returncode != 0
+    assert "is restored" in done.stderr, done.stderr
+    assert box.current() == first
+    assert box.answers(90)
+
+    done = box.inv("nuke", "--host", "spark", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in box.prefix.iterdir()] == ["data"]
+    assert box.ctl("is-active comfyui") == "inactive"
+    assert box.machine.run("pgrep -f /app/main.py", check=False) == ""
