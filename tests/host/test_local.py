@@ -477,6 +477,42 @@ def test_deploy_restores_a_removed_service(running: Here) -> None:
     assert [each["action"] for each in json.loads(running.inv("history", "--json").stdout)][-2:] == ["remove", "deploy"]
 
 
+@pytest.mark.needs("slurmctld", "munged", "root")
+def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> None:
+    """The host's port is in use on the node, so the job has another; the database is one for all, so jobs wait."""
+    made = running.inv("manifests", "--slurm", "--output", str(tmp_path), "--json")
+    assert made.returncode == 0, made.stderr
+    (batch,) = map(Path, json.loads(made.stdout))
+    assert running.inv("stop").returncode == 0
+    try:
+        with slurm.slurm() as env, socket.create_server(("127.0.0.1", running.port)):
+            job = slurm.submit(env, batch, "--gres=gpu:1", "--time=10", "--cpus-per-task=1")
+            log = tmp_path / f"comfyui-local-{job}.log"
+            waiting = slurm.submit(env, batch, "--cpus-per-task=1")
+            end = time.monotonic() + 300
+            while not (log.exists() and "To see the GUI" in log.read_text()):
+                state = slurm.state(env, job)
+                works = state in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < end
+                assert works, f"{state}: {log.read_text() if log.exists() else ''}"
+                time.sleep(0.5)
+            (port,) = re.findall(rf"ssh -N -L {running.port}:127\.0\.0\.1:(\d+) -J \S+ root@", log.read_text())
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=60) as answer:
+                assert json.load(answer)["system"]["comfyui_version"]
+            assert submit(int(port), "in a job")
+            words = ["pgrep", "-f", f"main.py.*--port {port}"]
+            child, *_ = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+            assert "CUDA_VISIBLE_DEVICES=0" in Path(f"/proc/{child}/environ").read_text().split("\0")
+            assert (slurm.state(env, job), slurm.state(env, waiting)) == ("RUNNING", "PENDING")
+            subprocess.run(["scancel", waiting, job], env=env, check=True)
+            end = time.monotonic() + 300
+            while slurm.state(env, job) in ("RUNNING", "COMPLETING") and time.monotonic() < end:
+                time.sleep(0.2)
+            assert slurm.state(env, job) == "CANCELLED"
+            assert "Stopped server" in log.read_text()
+    finally:
+        assert running.inv("start").returncode == 0
+
+
 def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
     """The last test in this file: afterwards nothing is deployed."""
     prefix, pool = running.prefix, place_for("pool")  # on the same file system
@@ -544,37 +580,3 @@ def applying_in(prefix: Path) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
-
-
-@pytest.mark.needs("slurmctld", "munged", "root")
-def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> None:
-    """The host's port is in use on the node, so the job has another; the database is one for all, so jobs wait."""
-    made = running.inv("manifests", "--slurm", "--output", str(tmp_path), "--json")
-    assert made.returncode == 0, made.stderr
-    (batch,) = map(Path, json.loads(made.stdout))
-    assert running.inv("stop").returncode == 0
-    try:
-        with slurm.slurm() as env, socket.create_server(("127.0.0.1", running.port)):
-            job = slurm.submit(env, batch, "--gres=gpu:1", "--time=10", "--cpus-per-task=1")
-            log = tmp_path / f"comfyui-local-{job}.log"
-            waiting = slurm.submit(env, batch, "--cpus-per-task=1")
-            end = time.monotonic() + 300
-            while not (log.exists() and "To see the GUI" in log.read_text()):
-                assert time.monotonic() < end, log.read_text() if log.exists() else slurm.state(env, job)
-                time.sleep(0.2)
-            (port,) = re.findall(rf"ssh -N -L {running.port}:127\.0\.0\.1:(\d+) -J \S+ root@", log.read_text())
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=60) as answer:
-                assert json.load(answer)["system"]["comfyui_version"]
-            assert submit(int(port), "in a job")
-            words = ["pgrep", "-f", f"main.py.*--port {port}"]
-            child, *_ = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-            assert "CUDA_VISIBLE_DEVICES=0" in Path(f"/proc/{child}/environ").read_text().split("\0")
-            assert (slurm.state(env, job), slurm.state(env, waiting)) == ("RUNNING", "PENDING")
-            subprocess.run(["scancel", waiting, job], env=env, check=True)
-            end = time.monotonic() + 300
-            while slurm.state(env, job) in ("RUNNING", "COMPLETING") and time.monotonic() < end:
-                time.sleep(0.2)
-            assert slurm.state(env, job) == "CANCELLED"
-            assert "Stopped server" in log.read_text()
-    finally:
-        assert running.inv("start").returncode == 0
