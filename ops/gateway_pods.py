@@ -95,7 +95,8 @@ def configuration(name: str, gateway: Gateway, pods: Mapping[str, Sequence[str]]
         port=PORT,
         users=people,
     )
-    text = render(name, inside, Hosts(hosts=behind), SECRETS, RUN)
+    own = Host(address="the gateway's own pod")  # no pod of ComfyUI's
+    text = render(name, inside, Hosts(hosts={**behind, inside.host: own}), SECRETS, RUN)
     # HAProxy replaces variables only in double quotes.
     at = r'    server \1 "%s.${NAMESPACE}.svc.${CLUSTER_DOMAIN}:\2" resolvers cluster init-addr none'
     for pod, service in named.items():
