@@ -40,12 +40,18 @@ class Contained(Fleet):
         return self.machine.run(f"systemctl {user}{words}", check=False).strip()
 
 
+class Rootless(Contained):
+    """The same without root."""
+
+    scope = "user"
+
+
 @pytest.fixture(params=["system", "user"])
 def box(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Contained]:
     for name, value in NSPAWN.items():
         monkeypatch.setenv(name, value)
     user = request.param == "user"
-    kind = type("Of", (Contained,), {"scope": request.param})
+    kind: type[Contained] = Rootless if user else Contained
     with fresh(tmp_path, f"podman-{request.param}", kind, bare=user, suite="trixie", more=MORE) as one:
         root, store = one.machine.root, one.machine.place / "containers"
         own = f"{HOME}/containers" if user else "var/lib/containers"
