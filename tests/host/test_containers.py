@@ -33,7 +33,7 @@ class Contained(Fleet):
         return self.machine.root / ("opt/comfyui" if self.scope == "system" else f"{HOME}/hearth/comfyui")
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
-        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{text}{SETTINGS}', profile)
+        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{SETTINGS}{text}', profile)
 
     def ctl(self, words: str) -> str:
         user = f"--user --machine={LOGIN}@ " if self.scope == "user" else ""
@@ -64,7 +64,6 @@ def box(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         (root / "etc/containers/containers.conf.d").mkdir(parents=True, exist_ok=True)
         (root / "etc/containers/containers.conf.d/here.conf").write_text(ENGINE)
         one.machine.boot()
-        one.machine.run("mkdir -p /dev/net && mknod -m 666 /dev/net/tun c 10 200")
         if user:
             one.machine.run(f"find /home/{LOGIN} -type d -exec chown {LOGIN}: {{}} +")  # files are shared
         yield one
@@ -78,11 +77,11 @@ def test_a_container_has_a_hosts_life(box: Contained) -> None:
     assert "nothing to do" in box.deploy("--dry-run").stdout
     pid = int(box.ctl("show --property MainPID --value comfyui"))
     assert "conmon" in box.machine.run(f"cat /proc/{pid}/comm")
-    assert "CapEff:\t0000000000000000" in box.machine.run("cat /proc/$(pgrep -f /app/main.py | head -1)/status")
+    assert "CapEff:\t0000000000000000" in box.machine.run("cat /proc/$(pgrep -f /app/[m]ain.py | head -1)/status")
     assert "no problems found" in box.inv("status", "--host", "spark").stdout
     assert "Starting server" in box.inv("logs", "--host", "spark", "--lines", "500").stdout
 
-    box.machine.run("pkill -KILL -f /app/main.py")
+    box.machine.run("pkill -KILL -f /app/[m]ain.py")
     assert within(30, lambda: box.ctl("show --property NRestarts --value comfyui") == "1")
     assert box.answers(90)
 
@@ -104,4 +103,4 @@ def test_a_container_has_a_hosts_life(box: Contained) -> None:
     assert done.returncode == 0, done.stderr
     assert [path.name for path in box.prefix.iterdir()] == ["data"]
     assert box.ctl("is-active comfyui") == "inactive"
-    assert box.machine.run("pgrep -f /app/main.py", check=False) == ""
+    assert box.machine.run("pgrep -f /app/[m]ain.py", check=False) == ""
