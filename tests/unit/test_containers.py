@@ -367,6 +367,9 @@ def packed(place: Layout, **files: str) -> str:
             info = tarfile.TarInfo(name.replace("__", "/"))
             info.size, info.mode = len(text), 0o755
             archive.addfile(info, io.BytesIO(text.encode()))
+        link = tarfile.TarInfo("etc/alternatives")
+        link.type, link.linkname = tarfile.SYMTYPE, "/usr/alternatives"
+        archive.addfile(link)
     digest = hashlib.sha256(raw.getvalue()).hexdigest()
     write(place.incoming / digest, raw.getvalue())
     return digest
@@ -378,6 +381,7 @@ def test_the_base_is_a_part_whose_python_runs(tmp_path: Path) -> None:
     blobs = (packed(place, bin__python=f'#!/bin/sh\nexec {sys.executable} "$@"\n'), packed(place, etc__more="x"))
     trees.base(place, Base("t", "w", "u", "base-1", python, blobs), lambda _: None)
     assert (place.parts / "base-1/etc/more").read_text() == "x"
+    assert (place.parts / "base-1/etc/alternatives").readlink() == Path("/usr/alternatives")
     assert (place.parts / "base-1/PART.json").exists()
     broken = (packed(place, bin__python="#!/bin/sh\nexit 1\n"),)
     with pytest.raises(AgentError):
