@@ -105,6 +105,22 @@ def configuration(name: str, gateway: Gateway, pods: Mapping[str, Sequence[str]]
     return text + _RESOLVERS
 
 
+def unprivileged(user: int) -> dict[str, Any]:
+    """What all pods have: a user without rights, on the node and in the cluster."""
+    return {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": 60,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": user,
+            "runAsGroup": user,
+            "fsGroup": user,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
 def _pod(title: str, user: int) -> dict[str, Any]:
     probe = {"tcpSocket": {"port": "https"}, "periodSeconds": 10}
     namespace = {"fieldRef": {"fieldPath": "metadata.namespace"}}
@@ -132,16 +148,7 @@ def _pod(title: str, user: int) -> dict[str, Any]:
         ],
     }
     return {
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 60,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": user,
-            "runAsGroup": user,
-            "fsGroup": user,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        **unprivileged(user),
         "containers": [container],
         "volumes": [
             {"name": "configuration", "configMap": {"name": title}},

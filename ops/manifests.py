@@ -134,16 +134,7 @@ def _pod(found: Target, name: str, image: str, *, dra: bool) -> dict[str, Any]:
         "volumeMounts": [{"name": "data", "mountPath": DATA}, {"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
     }
     return {
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 60,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        **gateway_pods.unprivileged(USER),
         "containers": [container],
         "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}}],
         **({"resourceClaims": [{"name": "gpu", "resourceClaimTemplateName": name}]} if claim else {}),

@@ -166,6 +166,21 @@ def hashed(password: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def check(folder: Path, text: str, **env: str) -> None:
+    """HAProxy must accept a configuration without a warning; the folder gets what the configuration refers to."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    subprocess.run([*words, "-subj", "/CN=x", "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    certificate.write_text(certificate.read_text() + key.read_text())
+    (folder / "tokens.map").touch()
+    (folder / "users.cfg").write_text("userlist people\n")
+    (folder / "haproxy.cfg").write_text(text)
+    words = ["haproxy", "-c", "-V", "-dW", "-f", str(folder / "haproxy.cfg"), "-f", str(folder / "users.cfg")]
+    env = {"PATH": f"{os.environ['PATH']}:/usr/sbin", **env}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def basic(user: str, password: str = PASSWORD) -> dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 

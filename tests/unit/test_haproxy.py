@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from deploy.gateways import Gateway, Limits, Person
 from deploy.host import Host, Hosts
 from gateway.haproxy import Places, configuration
 from gateway.unit import unit
+from tests.gateway import check
 
 HOSTS = Hosts(
     hosts={
@@ -79,16 +79,8 @@ def test_requests_are_held_as_long_as_a_host_counts_as_up() -> None:
     ],
 )
 def test_haproxy_accepts_it_without_a_warning(values: dict[str, Any], tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    subprocess.run([*words, "-subj", "/CN=x", "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    certificate.write_text(certificate.read_text() + key.read_text())
-    (tmp_path / "tokens.map").touch()
-    (tmp_path / "users.cfg").write_text("userlist people\n")
-    (tmp_path / "haproxy.cfg").write_text(rendered(Places(str(tmp_path), str(tmp_path), str(certificate)), **values))
-    words = ["haproxy", "-c", "-V", "-dW", "-f", str(tmp_path / "haproxy.cfg"), "-f", str(tmp_path / "users.cfg")]
-    done = subprocess.run(words, capture_output=True, text=True, env={"PATH": f"{os.environ['PATH']}:/usr/sbin"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    places = Places(str(tmp_path), str(tmp_path), f"{tmp_path}/certificate.pem")
+    check(tmp_path, rendered(places, **values))
 
 
 @pytest.mark.needs("systemd-analyze")

@@ -19,6 +19,7 @@ from core import files
 from ops import cluster_tasks, gateway_pods, manifests, slurm
 from tests.conftest import Hearth
 from tests.errors import kind_of, raises
+from tests.gateway import check
 
 IMAGE = "registry.example/comfyui@sha256:" + "0" * 64
 
@@ -218,19 +219,9 @@ def test_haproxy_accepts_the_configuration_of_pods(tmp_path: Path) -> None:
     found = gateway(tmp_path, '[gateways.Home_1.users.cleo]\nhost = "other"\n', gpus="1")
     text = found["ConfigMap"]["data"]["haproxy.cfg"]
     assert "use_backend only_comfyui-other-0 if { var(txn.user) -m str cleo }" in text
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    subprocess.run([*words, "-subj", "/CN=x", "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    certificate.write_text(certificate.read_text() + key.read_text())
-    (tmp_path / "tokens.map").touch()
-    (tmp_path / "users.cfg").write_text("userlist people\n")
     for folder in (gateway_pods.SECRETS, gateway_pods.RUN):
         text = text.replace(folder, str(tmp_path))
-    (tmp_path / "haproxy.cfg").write_text(text)
-    words = ["haproxy", "-c", "-V", "-dW", "-f", str(tmp_path / "haproxy.cfg"), "-f", str(tmp_path / "users.cfg")]
-    env = {"PATH": f"{os.environ['PATH']}:/usr/sbin", "NAMESPACE": "default", "CLUSTER_DOMAIN": "cluster.local"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check(tmp_path, text, NAMESPACE="default", CLUSTER_DOMAIN="cluster.local")
 
 
 def test_a_person_of_one_host_has_one_pod(tmp_path: Path) -> None:
