@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import time
@@ -22,7 +23,7 @@ from agent.parts import damage_of
 from core import files, source, workspace
 from lock.application import application
 from tests.client import Client
-from tests.host.machine import Machine, clear, mounted_below, place_for
+from tests.host.machine import Machine, clear, free_port, mounted_below, place_for
 
 PREFIX = "/opt/comfyui"
 
@@ -139,6 +140,23 @@ def within(seconds: float, condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+@contextmanager
+def taken_port(machine: Machine) -> Iterator[tuple[int, str]]:
+    """A port that another program on the machine serves, and its process id."""
+    port = free_port()
+    pid = machine.run(f"sh -c 'python3 -m http.server {port} --bind 127.0.0.1 >/dev/null 2>&1 & echo $!'").strip()
+
+    def serves() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        assert within(60, serves)
+        yield port, pid
+    finally:
+        machine.run(f"kill {pid}")
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def test_unadoptable_installations_have_distinct_errors(old: Old) -> None:
     assert f"spark has 2 installations of ComfyUI: {OLD}, /home/anna/comfy/ComfyUI" in two.stderr
     start = f"cd /home/anna/comfy/ComfyUI; setsid python3 main.py --port {free_port()} >/tmp/loose 2>&1 & echo $!"
     pid = machine.run(start).strip()
-    time.sleep(1)
+    machine.run(f"until grep -q main.py /proc/{pid}/cmdline; do sleep 0.1; done")
     loose = old.adopt("--path", "/home/anna/comfy/ComfyUI", "--apply", "--yes")
     machine.run(f"kill {pid}; rm -r /home/anna/comfy")
     assert loose.returncode == 63, loose.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from core import files
 from tests.errors import kind_of
-from tests.host.fleet import PREFIX, Fleet
+from tests.host.fleet import PREFIX, Fleet, taken_port
 
 pytestmark = pytest.mark.host
 
@@ -216,16 +216,14 @@ def test_every_refusal_is_shown_at_once(deployed: Fleet) -> None:
 
 
 def test_port_in_use_is_reported(deployed: Fleet) -> None:
-    holder = deployed.machine.run("sh -c 'python3 -m http.server 18188 --bind 127.0.0.1 >/dev/null 2>&1 & echo $!'")
-    time.sleep(1)
     deployed.configure()
     text = (deployed.place / "hosts.toml").read_text()
-    (deployed.place / "hosts.toml").write_text(re.sub(r"port = \d+", "port = 18188", text))
-    done = deployed.deploy()
+    with taken_port(deployed.machine) as (port, holder):
+        (deployed.place / "hosts.toml").write_text(re.sub(r"port = \d+", f"port = {port}", text))
+        done = deployed.deploy()
     deployed.configure()
-    deployed.machine.run(f"kill {holder.strip()}")
     assert done.returncode == 63, done.stderr
-    assert f"port 18188 is in use by python3 -m http.server (pid {holder.strip()})" in done.stderr
+    assert f"port {port} is in use by python3 -m http.server (pid {holder})" in done.stderr
 
 
 def test_a_missing_kernel_wheel_names_its_build(deployed: Fleet) -> None:

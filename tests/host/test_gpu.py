@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -123,11 +125,15 @@ def test_watch_uses_one_connection(steady: Fleet) -> None:
     with driver(steady, "h200"):
         before = logins()
         started = steady.start("gpu", "--host", "spark", "--watch=0.5")
-        time.sleep(4)
+        assert started.stdout is not None
+        limit = threading.Timer(60, started.kill)
+        limit.start()
+        shown = sum(1 for _ in itertools.islice((line for line in started.stdout if "H200" in line), 4))
+        limit.cancel()
+        assert shown == 4
         os.kill(started.pid, signal.SIGINT)
-        shown, _ = started.communicate(timeout=30)
-        assert started.returncode == 130, shown
-        assert shown.count("H200") >= 4
+        rest, _ = started.communicate(timeout=60)
+        assert started.returncode == 130, rest
         assert logins() == before + 2
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from core import files
 from core.stack import Platform
 from lock import image_base
+from tests.host.machine import free_port
 from tests.image_base import available_base
 from tests.unit.test_image import Images
 
@@ -73,8 +73,7 @@ def healthy(env: dict[str, str]) -> None:
 def test_an_image_runs_without_privileges(podman: dict[str, str], tmp_path: Path) -> None:
     client = Images(tmp_path / "client")
     client.write(tmp_path / "box", "--profile", "cpu")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     env = {**podman, "COMFYUI_MEMORY": "512m"}
     start(env, tmp_path / "box", port)
     healthy(env)
@@ -100,7 +99,7 @@ def test_data_of_another_user_is_reported(podman: dict[str, str], tmp_path: Path
     client.write(tmp_path / "box", "--profile", "cpu")
     (tmp_path / "data").mkdir(mode=0o700)
     env = {**podman, "COMFYUI_MEMORY": "512m", "COMFYUI_DATA": str(tmp_path / "data")}
-    start(env, tmp_path / "box", 8188)
+    start(env, tmp_path / "box", free_port())
     for _ in range(100):
         if "error[not-writable]" in (said := call(env, "podman", "logs", "comfyui").stderr):
             break

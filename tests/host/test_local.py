@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -425,19 +426,20 @@ def submit(port: int, prefix: str) -> str:
 
 def test_jobs_show_results_and_a_hanging_comfyui(running: Here) -> None:
     good, bad = submit(running.port, "good"), submit(running.port, "../../outside")
-    time.sleep(2)
+    end = time.monotonic() + 60
+    listed: dict[str, Any] = {}
+    while not {good, bad} <= {job for job, each in listed.items() if each["status"] in ("success", "error")}:
+        assert time.monotonic() < end, listed
+        listed = {each["id"]: each for each in json.loads(running.inv("jobs", "--json").stdout)}
     shown = running.inv("jobs")
     assert shown.returncode == 0, shown.stderr
     assert f"{bad[:8]}: node 2 (SaveImage): Exception: **** ERROR: Saving image outside" in shown.stdout
-    listed = {each["id"]: each for each in json.loads(running.inv("jobs", "--json").stdout)}
     assert (listed[good]["status"], listed[good]["nodes"], listed[bad]["status"]) == ("success", 2, "error")
-    assert 0 <= listed[good]["seconds"] < 10
+    assert 0 <= listed[good]["seconds"] < 60
     child = running.supervisor()["child"]
     os.kill(child, signal.SIGSTOP)
     try:
-        started = time.monotonic()
         silent = running.inv("jobs")
-        assert time.monotonic() - started < 15
     finally:
         os.kill(child, signal.SIGCONT)
     assert (silent.returncode, kind_of(silent.stderr)) == (69, "no-answer")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from core import files
-from tests.host.fleet import Fleet
+from tests.host.fleet import Fleet, taken_port
 from tests.host.machine import free_port
 from tests.host.test_doctor import findings, only
 from tests.host.test_gpu import driver
@@ -213,7 +213,7 @@ def test_metrics_report_a_hung_comfyui_in_time(metrics: tuple[Fleet, int]) -> No
     try:
         started = time.monotonic()
         found = scrape(port)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
     finally:
         kill(fleet, "CONT", "comfyui")
     for line in ("hearth_comfyui_up 0.0", "hearth_service_active 1.0", "hearth_gate_success 1.0"):
@@ -221,14 +221,12 @@ def test_metrics_report_a_hung_comfyui_in_time(metrics: tuple[Fleet, int]) -> No
     assert "hearth_disk_available_bytes{" in found
     assert fleet.answers()
 
-    held = fleet.machine.run("sh -c 'python3 -m http.server 18189 --bind 127.0.0.1 >/dev/null 2>&1 & echo $!'").strip()
-    time.sleep(1)
-    fleet.configure("metrics_port = 18189\n")
-    refused = fleet.deploy()
-    fleet.machine.run(f"kill {held}")
+    with taken_port(fleet.machine) as (held, holder):
+        fleet.configure(f"metrics_port = {held}\n")
+        refused = fleet.deploy()
     fleet.configure(f"metrics_port = {port}\n")
     assert refused.returncode == 63, refused.stderr
-    assert f"port 18189 is in use by python3 -m http.server (pid {held})" in refused.stderr
+    assert f"port {held} is in use by python3 -m http.server (pid {holder})" in refused.stderr
     assert "`metrics_port`" in refused.stderr
 
 

@@ -603,7 +603,7 @@ def test_silent_host_is_detected(box: Lab, what: str, jump: bool, monkeypatch: p
         signal_all(stopped, signal.SIGKILL)
     assert error.kind == "unreachable"
     assert "inv attach --host box" in error.hint
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 60
 
 
 def test_unreachable_and_unknown_hosts_have_distinct_errors(box: Lab) -> None:
@@ -623,7 +623,7 @@ def test_silent_ssh_server_times_out(box: Lab) -> None:
         begun = time.monotonic()
         with raises("unreachable"), connection.connect(find_target("box"), seconds=2) as agent:
             agent.call("history")
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60
 
 
 @pytest.mark.usefixtures("box")

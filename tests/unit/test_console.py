@@ -139,9 +139,9 @@ def test_hostile_value_does_not_break_a_line() -> None:
 
 def test_long_texts_are_made_printable_in_time() -> None:
     for piece in ("\x9d", "\x1b]", "\x1b[", "\x1b[0", "\x90x", "\x1b]x\x07"):
-        begun = time.monotonic()
+        begun = time.process_time()
         console.line(piece * 300_000)
-        assert time.monotonic() - begun < 5
+        assert time.process_time() - begun < 10
 
 
 def test_python_output_is_guarded() -> None:

@@ -238,14 +238,14 @@ def test_times_and_ids_without_a_limit_are_not_kept(
 
 
 @pytest.mark.parametrize("state", ["closed", "hangs"])
-def test_metrics_without_comfyui_arrive_within_two_seconds(stand: Stand, tmp_path: Path, state: str) -> None:
-    stand.delay = 4
+def test_metrics_do_not_wait_for_comfyui(stand: Stand, tmp_path: Path, state: str) -> None:
+    stand.delay = 8
     port = stand.server.server_port if state == "hangs" else free_port()
     registry = CollectorRegistry()
     registry.register(gatherer(layout(tmp_path, port), at(port), tmp_path / "counts", cuda=False))
     started = time.monotonic()
     found = generate_latest(registry).decode()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < stand.delay
     assert "hearth_comfyui_up 0.0" in found
     assert 'hearth_jobs_total{result="done"} 0.0' in found
     assert "hearth_jobs_running" not in found

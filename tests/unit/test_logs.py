@@ -190,7 +190,7 @@ def test_hanging_and_stopped_comfyui_have_different_errors(tmp_path: Path, monke
         started = time.monotonic()
         with pytest.raises(AgentError, match="accepts connections but does not answer"):
             agent_jobs.jobs(layout, 20)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 15
     with pytest.raises(AgentError, match="ComfyUI is not running"):
         agent_jobs.jobs(layout, 20)
 

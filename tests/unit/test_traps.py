@@ -258,7 +258,7 @@ def test_work_as_the_service_has_a_time_limit(tmp_path: Path) -> None:
     began = time.monotonic()
     with pytest.raises(AgentError, match="did not end within 1 s"):
         parts.as_service(at(tmp_path), lambda: time.sleep(60), seconds=1)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.needs("root")
