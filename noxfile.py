@@ -48,14 +48,14 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU, three files in parallel: hosts boot, start and wait. The long ones run first."""
-    three = ("--numprocesses", "3", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
-    session.run("pytest", "-m", "not gpu", *three, *session.posargs, env=CACHED)
+    """Every test that needs no GPU, five files in parallel: hosts boot, start and wait. The long ones run first."""
+    five = ("--numprocesses", "5", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
+    session.run("pytest", "-m", "not gpu", *five, *session.posargs, env=CACHED)
 
 
 QUICK = "not installer and not toolchain and not gpu and not host"
-PARALLEL = ("--override-ini", "testpaths=tests/unit", "--numprocesses", "4", "--dist", "loadfile")
-"""Four files in parallel on two cores: they wait. A file's tests share fixtures, such as ComfyUI's parsed code."""
+PARALLEL = ("--override-ini", "testpaths=tests/unit", "--numprocesses", "6", "--dist", "loadfile")
+"""Six files in parallel on two cores: they wait. A file's tests share fixtures, such as ComfyUI's parsed code."""
 
 
 @nox.session
