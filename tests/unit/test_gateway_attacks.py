@@ -136,7 +136,17 @@ def test_a_login_that_the_configuration_does_not_list_is_refused(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "spark.local.evil.example", "10.0.0.1", "", "[::1]", "spark.local@evil"]
+    "host",
+    [
+        "evil.example",
+        "spark.local.evil.example",
+        "10.0.0.1",
+        "",
+        "[::1]",
+        "spark.local@evil",
+        "evil.example,spark.local",
+        "spark.local,evil.example",
+    ],
 )
 def test_a_forged_host_is_refused(home: tuple[Running, StandIn], host: str) -> None:
     """DNS rebinding: a page of another site whose name means this address."""
@@ -226,11 +236,15 @@ RESERVED = [
     ("POST", "/interrupt"),
     ("POST", "/queue"),
     ("POST", "/history"),
+    ("POST", "/jobs/cancel"),
+    ("POST", "/jobs/1-a/cancel"),
 ]
 
 
 @pytest.mark.parametrize(("method", "path"), RESERVED)
-@pytest.mark.parametrize("spelling", ["{}", "/api{}", "/%61pi{}", "{}?x=1", "{encoded}", "/./{}", "/x/..{}"])
+@pytest.mark.parametrize(
+    "spelling", ["{}", "/api{}", "/api/api{}", "/%61pi{}", "{}?x=1", "{encoded}", "/./{}", "/x/..{}"]
+)
 def test_only_administrators_do_what_concerns_everybody(
     home: tuple[Running, StandIn], method: str, path: str, spelling: str
 ) -> None:
@@ -249,6 +263,7 @@ def test_people_end_and_delete_their_own_jobs_only(home: tuple[Running, StandIn]
     job = gateway.ask("POST", "/api/prompt", "ben", body=b'{"prompt": {}}').json["prompt_id"]
     forms = {"/interrupt": f'{{"prompt_id": "{job}"}}', "/queue": f'{{"delete":["{job}"]}}'}
     forms["/history"] = forms["/queue"]
+    forms |= {"/api/jobs/cancel": f'{{"job_ids":["{job}"]}}', f"/api/jobs/{job}/cancel": ""}
     for path, body in forms.items():
         assert gateway.ask("POST", path, "cleo", body=body.encode()).status == 403
         assert gateway.ask("POST", path, "ben", body=body.encode()).status == 200
@@ -312,7 +327,8 @@ def test_nobody_takes_over_the_progress_of_another_by_the_client_id(home: tuple[
     before = comfy.sockets
     for each in ("ben", "anna"):
         assert websocket_code(gateway, each, f"?clientId={name}") == b"403"
-        assert gateway.ask("POST", "/prompt", each, body=prompt).status == 403
+        for body in (prompt, f'{{"extra_data": {{"client_id": "{name}"}}, "prompt": {{}}}}'.encode()):
+            assert gateway.ask("POST", "/prompt", each, body=body).status == 403
     assert comfy.sockets == before
     assert websocket_code(gateway, "cleo", f"?clientId={name}") == b"101"
     assert gateway.ask("POST", "/prompt", "cleo", body=prompt).status == 200
@@ -360,7 +376,16 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_sent(home: tuple[Ru
     assert gateway.raw(head.encode(), first=True).startswith(b"HTTP/1.1 411 ")
     both = f"POST /upload/image HTTP/1.1\r\n{login}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert gateway.raw(both.encode(), first=True).split(b" ")[1] in (b"400", b"411")
+    packed = {"Content-Encoding": "deflate"}
+    assert gateway.ask("POST", "/upload/image", "ben", packed, b"x").status == 415
     assert len(comfy.received("/upload/image")) == 1
+
+
+def test_http_2_has_no_way_around_the_limits(home: tuple[Running, StandIn]) -> None:
+    """A client may begin with it unasked. Its bodies need no length."""
+    gateway, _ = home
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    assert gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings, first=True).startswith(b"HTTP/1.1 400 ")
 
 
 def test_slow_headers_and_bodies_end_and_hold_up_nobody(tmp_path: Path) -> None:
