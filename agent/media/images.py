@@ -32,8 +32,13 @@ def upright(exif: bytes) -> bytes:
 # --- PNG (w3.org/TR/png-3) -----------------------------------------------------------------------------------------
 
 PNG_KEPT = frozenset(
-    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs sPLT acTL fcTL fdAT".split()
+    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCV cLLI bKGD hIST pHYs acTL fcTL fdAT".split()
 )
+PNG_LONGEST = {
+    b"IHDR": 13, b"PLTE": 768, b"IEND": 0, b"tRNS": 256, b"cHRM": 32, b"gAMA": 4, b"sBIT": 4, b"sRGB": 1, b"cICP": 4,
+    b"mDCV": 24, b"cLLI": 8, b"bKGD": 6, b"hIST": 512, b"pHYs": 9, b"acTL": 8, b"fcTL": 26,
+}  # fmt: skip
+"""Maximum lengths of chunks: what is longer holds something else."""
 
 
 def png(found: Cleaner) -> None:
@@ -48,7 +53,7 @@ def png(found: Cleaner) -> None:
         checksum = 0
         for block in found.blocks(at + 4, 4 + length):
             checksum = zlib.crc32(block, checksum)
-        if found.read(at + 8 + length, 4) != checksum.to_bytes(4, "big"):
+        if found.read(at + 8 + length, 4) != checksum.to_bytes(4, "big") or length > PNG_LONGEST.get(kind, length):
             raise ValueError(f"its chunk {name} is damaged")
         if kind in PNG_KEPT:
             found.keep(at, length + 12)
@@ -78,6 +83,7 @@ def _drop_chunk(found: Cleaner, kind: bytes, at: int, length: int) -> None:
 # The next marker in entropy-coded data: neither a stuffed byte nor a restart marker.
 _MARKER = re.compile(rb"\xff(?=[^\x00\xff\xd0-\xd7])", re.DOTALL)
 _FRAME = frozenset([*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD])  # frames, scans and their tables
+_REMOVED = frozenset([*range(0xE0, 0xF7), *range(0xF9, 0xFF)])  # applications, reserved, comments; others are needed
 _SEGMENTS = ((0xE1, b"Exif\0", "Exif"), (0xE1, b"http", "XMP"), (0xED, b"Photoshop", "IPTC"), (0xEB, b"JP", "C2PA"))
 
 
@@ -105,8 +111,10 @@ def jpeg(found: Cleaner) -> None:
             raise ValueError("it is truncated")
         if kind in _FRAME:
             found.keep(at, end - at)
-        else:
+        elif kind in _REMOVED:
             _segment(found, kind, data[at + 4 : end], at)
+        else:
+            raise ValueError(f"its segment {kind:X} is unknown")
         at = end
     found.keep(at, 2)
     found.drop_rest(at + 2)
@@ -177,7 +185,7 @@ def _chunks(found: Cleaner, at: int, end: int) -> Iterator[tuple[bytes, int, int
         kind, length = struct.unpack("<4sI", found.read(at, 8))
         if at + 8 + length > end:
             raise ValueError("it is truncated")
-        if length < (kind == b"ANMF") * 16 or (length != 10 and kind == b"VP8X"):
+        if length < (kind == b"ANMF") * 16 or length != {b"VP8X": 10, b"ANIM": 6}.get(kind, length):
             raise ValueError(f"its chunk {kind.decode('latin-1')} is damaged")
         yield kind, at, length
         at += 8 + length + length % 2

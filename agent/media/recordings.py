@@ -22,12 +22,16 @@ def flac(found: Cleaner) -> None:
         if at == 4 and (kind, length) != (0, 34):
             raise ValueError("its first block is not STREAMINFO")
         empty = kind == 1 and found.blank(at + 4, length)
+        if kind in (0, 3) and length % 18 != (16 if kind == 0 else 0):
+            raise ValueError("its seek table is damaged")
         if kind in (0, 3) or empty:  # STREAMINFO, SEEKTABLE
             kept.append((kind, at, length))
         else:
             found.drop(_FLAC_NAMES.get(kind, f"block {kind}"))
         at += 4 + length
     end = found.size - 128 if found.size >= at + 128 and found.read(found.size - 128, 3) == b"TAG" else found.size
+    if found.read(at, 2) not in (b"\xff\xf8", b"\xff\xf9"):
+        raise ValueError("its sound does not begin where it should")
     _check_last_frame(found, at, end)
     found.keep(0, 4)
     for kind, place, length in kept:
@@ -96,6 +100,8 @@ def _boxes(found: Cleaner, at: int, end: int, parent: bytes, depth: int) -> Iter
         if kind in _CONTAINERS:
             found.keep(at, head)
             list(_boxes(found, at + head, at + size, kind, depth + 1))
+        elif kind in (b"cmov", b"rmra"):
+            raise ValueError(f"its box {kind.decode()} is not supported")
         elif kind in _BOXES:
             _box(found, kind, at, head, size, parent)
         elif kind in (b"free", b"skip", b"wide") and found.blank(at + head, size - head):
@@ -112,6 +118,8 @@ def _box(found: Cleaner, kind: bytes, at: int, head: int, size: int, parent: byt
     blank = (size, 0)
     if kind in (b"mvhd", b"tkhd", b"mdhd"):
         blank = (head + 4, 16 if found.read(at + head, 1)[0] else 8)
+    elif kind == b"dref":
+        _check_references(found, at + head, at + size)
     elif kind == b"hdlr":
         if (track := found.read(at + head + 8, 4)) not in _TRACKS and parent == b"mdia":
             name = track.decode("latin-1")
@@ -125,19 +133,31 @@ def _box(found: Cleaner, kind: bytes, at: int, head: int, size: int, parent: byt
     found.keep(at + start + length, size - start - length)
 
 
+def _check_references(found: Cleaner, at: int, end: int) -> None:
+    """Raise ValueError if a track refers to another file: the box names its path or address."""
+    for entry in range(at + 8, end, 12):
+        if found.read(entry, 4) != b"\0\0\0\x0c" or not found.read(entry + 11, 1)[0] & 1:
+            raise ValueError("it refers to another file")
+
+
 # --- WebM and Matroska (RFC 9559) ----------------------------------------------------------------------------------
 
-_SEGMENT, _INFO, _TRACKS_LIST, _TRACK, _VOID = 0x18538067, 0x1549A966, 0x1654AE6B, 0xAE, 0xEC
-_MASTER_IN = {_SEGMENT: 0, _INFO: _SEGMENT, _TRACKS_LIST: _SEGMENT, _TRACK: _TRACKS_LIST}
+_HEADER, _SEGMENT, _INFO, _TRACKS_LIST, _TRACK, _VOID = 0x1A45DFA3, 0x18538067, 0x1549A966, 0x1654AE6B, 0xAE, 0xEC
+_SEEK_HEAD, _CUES = 0x114D9B74, 0x1C53BB6B
+_MASTER_IN = {_HEADER: 0, _SEGMENT: 0, _TRACK: _TRACKS_LIST}
+_MASTER_IN |= dict.fromkeys((_INFO, _TRACKS_LIST, _SEEK_HEAD, _CUES), _SEGMENT)
 _KEPT_IN = {
-    0: {0x1A45DFA3},  # the EBML header
-    _SEGMENT: {0x114D9B74, 0x1C53BB6B, 0x1F43B675},  # seek head, cues, clusters
+    _HEADER: {0x4286, 0x42F7, 0x42F2, 0x42F3, 0x4282, 0x4287, 0x4285},  # versions, limits, type
+    _SEGMENT: {0x1F43B675},  # clusters
+    _SEEK_HEAD: {0x4DBB},
+    _CUES: {0xBB},
     _INFO: {0x2AD7B1, 0x4489},  # scale of times, duration
     _TRACKS_LIST: set[int](),
 }
 _NAMES = {0x4D80: "programs", 0x5741: "programs"}  # mandatory: emptied
 _DROPPED = {0x1254C367: "tags", 0x1941A469: "attachments", 0x1043A770: "chapters", 0x7BA9: "tags", 0x4461: "times"}
-_TITLE = 0x536E
+_NOT_IN_TRACK = {0x536E, 0x258688, 0x3A9697, 0x3B4040, 0x26B240, 0x7446, 0xBF, _VOID}
+"""Names and addresses of a track and its codec, attachments, checksums."""
 
 
 def webm(found: Cleaner) -> None:
@@ -155,7 +175,7 @@ def _elements(found: Cleaner, at: int, end: int, parent: int) -> None:
             raise ValueError("its length is unknown: it was streamed")
         if at + head + size > end:
             raise ValueError("it is truncated")
-        kept = name in _KEPT_IN.get(parent, ()) or (parent == _TRACK and name not in (_TITLE, 0xBF))
+        kept = name in _KEPT_IN.get(parent, ()) or (parent == _TRACK and name not in _NOT_IN_TRACK)
         if parent == _TRACK and name == 0x83 and found.read(at + head, 1) == b"\x21":
             raise ValueError(f"its track of metadata {COPY}")
         if _MASTER_IN.get(name) == parent:
@@ -168,7 +188,7 @@ def _elements(found: Cleaner, at: int, end: int, parent: int) -> None:
             found.keep(at, head)
             found.pieces.append((ZEROS, size))
         else:
-            found.drop(_DROPPED.get(name, "track names" if name == _TITLE else f"element {name:X}"))
+            found.drop(_DROPPED.get(name, "track names" if parent == _TRACK else f"element {name:X}"))
             short = head + size <= 128
             found.pieces.append(bytes([_VOID, 0x80 | head + size - 2]) if short else _long_void(head + size))
             found.pieces.append((ZEROS, head + size - (2 if short else 9)))
