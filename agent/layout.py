@@ -27,6 +27,7 @@ class Layout:
         self.public = bool(layout.get("public"))  # whether all local users may read the data
         self.address = str(layout["address"])
         self.port = int(layout["port"])
+        self.trial = int(layout.get("trial", 0))  # the port of trials, if a gateway's firewall guards it; 0: any
         self.mounts: dict[str, str] = layout.get("mounts", {})  # mount point -> systemd unit
         self.elsewhere: dict[str, str] = layout.get("folders", {})  # name -> path of folders outside the data
         self.parts = self.prefix / "parts"

@@ -123,7 +123,7 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "secret": ("agent.serve.secret", "keep", None),
     "gateway": ("agent.look.gateway", "gateway", ("port", "names", "certificate")),
     "gateway-audit": ("agent.look.gateway", "audit", ("lines", "since")),
-    "gateway-server": ("agent.serve.balance", "set_state", ("host", "state")),
+    "gateway-server": ("agent.serve.balance", "set_state", ("host", "state", "seconds")),
     "gateway-secrets": ("agent.serve.gateway", "gateway", None),
 }
 """Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 EVERY = 1.0
 """Seconds between two looks at a host's jobs."""
 
+LEASE, RENEW = 120, 30.0
+"""Seconds after which a gateway puts a host back on its own, and after which a deploy asks for more of them: one that
+is killed, or loses its connection, leaves no host out of rotation."""
+
 
 @contextmanager
 def aside(agent: Agent, target: Target, steps: Sequence[Step], options: Options) -> Iterator[None]:
@@ -43,9 +48,29 @@ def aside(agent: Agent, target: Target, steps: Sequence[Step], options: Options)
                 if there and _set(there, target.name, "drain"):
                     stack.callback(_set, there, target.name, "ready")
                     console.say(f"gateway {name}: new people get other hosts than {target.name}")
-                    _await_jobs(agent, 0 if options.force else options.drain)
+                    with _kept(there, target.name, "drain"):
+                        _await_jobs(agent, 0 if options.force else options.drain)
                     _set(there, target.name, "maint")
+                    stack.enter_context(_kept(there, target.name, "maint"))
         yield
+
+
+@contextmanager
+def _kept(there: Agent, name: str, state: str) -> Iterator[None]:
+    """Ask for a host's state again and again, before the gateway puts it back."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(RENEW):
+            _set(there, name, state)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextmanager
@@ -62,7 +87,7 @@ def _connected(name: str, host: str, options: Options) -> Iterator[Agent | None]
 
 def _set(there: Agent, name: str, state: str) -> bool:
     try:
-        return bool(there.call("gateway-server", host=name, state=state)["done"])
+        return bool(there.call("gateway-server", host=name, state=state, seconds=LEASE)["done"])
     except HearthError as error:
         console.say(f"the gateway did not set {name} to {state}: {error.what}; inv gateway status shows its state")
         return False

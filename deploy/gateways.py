@@ -105,12 +105,29 @@ def on_its_machine(gateway: Gateway, host: Host, known: Hosts) -> bool:
     return (host.address, host.ssh_port) == (own.address, own.ssh_port)
 
 
+TRIAL = 20_000
+"""How far the port of a trial is from ComfyUI's, on a gateway's machine."""
+
+
+def trial_port(port: int) -> int:
+    """The port on which a release is tried before it gets ComfyUI's `port`. The firewall must know it in advance."""
+    return port + TRIAL if port + TRIAL < 1 << 16 else port - TRIAL
+
+
+def trial_of(name: str, known: Hosts) -> int:
+    """The only port of a host's trials; 0 if it is not on the machine of a gateway in front of it: any port."""
+    host = known.hosts[name]
+    own = any(on_its_machine(each, host, known) for each in gateways_of(name, known).values())
+    return trial_port(host.port) if own else 0
+
+
 def check_gateways(path: str, known: Hosts) -> None:
     """Check all gateways of a hosts file; raises ConfigError or UsageError."""
     places: dict[str, str] = {}
     for name, gateway in known.gateways.items():
         place = f"{path}: gateway {name}"
         _check_hosts(place, gateway, known)
+        _check_trials(place, gateway, known)
         _check_values(place, gateway, known.hosts[gateway.host])
         _check_people(place, gateway, members(gateway, known))
         if other := places.get(gateway.host):
@@ -158,6 +175,20 @@ def _check_hosts(place: str, gateway: Gateway, known: Hosts) -> None:
                 cause=f"it runs on {gateway.host}, and ComfyUI on {each} listens on {listen}",
                 hint=f"set listen on {each} to the address of a network that only the gateway's host reaches",
             )
+
+
+def _check_trials(place: str, gateway: Gateway, known: Hosts) -> None:
+    """The ports of trials on the gateway's machine."""
+    behind = [known.hosts[each] for each in members(gateway, known)]
+    own = [host for host in behind if on_its_machine(gateway, host, known)]
+    taken = {gateway.port, *(port for host in own for port in (host.port, host.metrics_port))}
+    for port in sorted({trial_port(host.port) for host in own} & taken):
+        raise ConfigError(
+            "config",
+            f"{place}: port {port} is used twice on the machine of {gateway.host}",
+            cause=f"a deploy tries a release there: ComfyUI's port and {TRIAL}",
+            hint="change that `port` or `metrics_port`",
+        )
 
 
 def _check_values(place: str, gateway: Gateway, host: Host) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from core.config import convert, table
 from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
 from core.stack import Stack, find_stack
-from deploy.gateways import Gateway, check_gateways, gateways_of
+from deploy.gateways import Gateway, check_gateways, gateways_of, trial_of
 from deploy.host_rules import EXPORTER, SYSTEM_PREFIX, check_host, duration
 from deploy.profile import Mode, Override, Profile, Prove, Setting, merged, modes, profiles
 from deploy.secrets import refuse_secrets
@@ -125,7 +125,7 @@ class Hosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Target:
     """A host merged with its profile and modes. `origin` names the file or table of each value.
 
-    `gateways` are the names of the gateways in front of it.
+    `gateways` are the names of the gateways in front of it. `trial` is the only port of its trials; 0: any.
     """
 
     name: str
@@ -134,6 +134,7 @@ class Target:
     profile: Profile
     origin: dict[str, str]
     gateways: tuple[str, ...] = ()
+    trial: int = 0
 
     @cached_property
     def comfyui(self) -> str:
@@ -185,6 +186,7 @@ class Target:
             "exporter": EXPORTER if self.host.scope == "system" and self.host.metrics_port else "",
             "address": self.host.listen,
             "port": self.host.port,
+            **({"trial": self.trial} if self.trial else {}),
             "mounts": {path: mount_unit(path) for path in self.host.mounts},
             "folders": dict(self.host.folders),
             "public": self.host.public,
@@ -298,10 +300,11 @@ def target(name: str, fallback: str = "cpu") -> Target:
     Raises UsageError, or ConfigError for modes that exclude each other.
     """
     listed = hosts()
-    return of(name, listed.hosts[name], fallback, tuple(gateways_of(name, listed)))
+    found = of(name, listed.hosts[name], fallback)
+    return replace(found, gateways=tuple(gateways_of(name, listed)), trial=trial_of(name, listed))
 
 
-def of(name: str, host: Host, fallback: str = "cpu", gateways: tuple[str, ...] = ()) -> Target:
+def of(name: str, host: Host, fallback: str = "cpu") -> Target:
     """A host that need not be in hosts.toml, as `target` returns it."""
     known = profiles()
     chosen = host.profile or fallback
@@ -316,7 +319,7 @@ def of(name: str, host: Host, fallback: str = "cpu", gateways: tuple[str, ...] =
     if host.prove:
         profile = msgspec.structs.replace(profile, prove=(*profile.prove, *host.prove))
         origin["prove"] += f", host {name}"
-    return Target(name, host, chosen, profile, origin, gateways)
+    return Target(name, host, chosen, profile, origin)
 
 
 def _modes_of(name: str, host: Host) -> dict[str, Mode]:

@@ -13,7 +13,7 @@ from core.errors import UsageError, suggest
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
-from deploy.gateways import PERSON, members, on_its_machine, question
+from deploy.gateways import PERSON, members, on_its_machine, question, trial_port
 from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
@@ -62,7 +62,9 @@ def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, 
         "unit": unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
         "configuration": configuration(name, gateway, known, places),
         "access": {
-            str(each.port): [USER, EXPORTER, each.run_as if each.scope == "system" else each.user] for each in own
+            str(port): [USER, EXPORTER, each.run_as if each.scope == "system" else each.user]
+            for each in own
+            for port in (each.port, trial_port(each.port))
         },
     }
 

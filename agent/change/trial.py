@@ -26,6 +26,7 @@ from agent.files import AgentError, Json, Note, link, meminfo, read, read_some, 
 from agent.folders import branches, inside
 from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
+from agent.look.ports import port_holder
 from agent.parts import as_service, drop_root
 from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
 from agent.schema.change import COMPARED, CutOver, Proof
@@ -187,9 +188,7 @@ class Trial:
         if os.path.lexists(self.room):
             what = f"{self.room} could not be deleted: an earlier trial left too many files in it, or a mount"
             raise AgentError("trial", what, "", f"inspect it, then delete it: rm -r --one-file-system {self.room}")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = self.port()
         self.argv = list(release["argv"])
         for flag, value in (("--listen", "127.0.0.1"), ("--port", str(port))):
             self.argv[self.argv.index(flag) + 1] = value
@@ -201,6 +200,19 @@ class Trial:
         source = self.layout.folder("input")
         if workflows := [proof.workflow for proof in self.proofs]:
             as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), workflows)
+
+    def port(self) -> int:
+        """Return a free port, or the one that only a gateway reaches. Raises AgentError if that is in use."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # another trial may just have ended
+            try:
+                probe.bind(("127.0.0.1", self.layout.trial))
+            except OSError:
+                holder = port_holder(self.layout.trial)
+                what = f"port {self.layout.trial} is in use by {holder.get('command', 'another program')}"
+                why = "a trial needs it: the gateway's firewall lets nobody else reach it"
+                raise AgentError("trial", what, why, "stop that program, then run the same command again") from None
+            return int(probe.getsockname()[1])
 
     def start(self, release: Json) -> None:
         """Start a release. Raises AgentError if a kernel cannot be imported."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 from agent.files import AgentError, Json
 from agent.layout import Layout
-from agent.processes import wait_for
+from agent.processes import run, wait_for
 
 RUN = Path("/run")
 SHARED = "comfyui"
@@ -35,10 +37,11 @@ def servers(layout: Layout) -> list[Json]:
     ]
 
 
-def set_state(layout: Layout, host: str, state: str) -> Json:
+def set_state(layout: Layout, host: str, state: str, seconds: int) -> Json:
     """Set a host's state: "drain" (new people get others), "maint" (everybody does) or "ready".
 
-    Return whether it was `done`: not if people would have no other host, and had better wait. Raises AgentError.
+    It is ready again after `seconds` unless this is called again: who asked may be killed. Return whether it was
+    `done`: not if people would have no other host, and had better wait. Raises AgentError.
     """
     known = {each["name"] for each in servers(layout)}
 
@@ -47,19 +50,52 @@ def set_state(layout: Layout, host: str, state: str) -> Json:
 
     if host not in known or state not in ("drain", "maint", "ready"):
         return {"done": False}
-    if state != "ready" and not (len(known) > 1 and wait_for(others, PATIENCE)):
-        return {"done": False}
+    if state != "ready":
+        if not (len(known) > 1 and wait_for(others, PATIENCE)):
+            return {"done": False}
+        _limit(layout, host, seconds)
     with suppress(OSError):
-        if not (said := _ask(layout, f"set server {SHARED}/{host} state {state}").strip()):
-            return {"done": True}
-        raise AgentError("step", f"HAProxy does not set {host} to {state}", said)
+        if said := _ask(layout, _command(host, state)).strip():
+            raise AgentError("step", f"HAProxy does not set {host} to {state}", said)
+        if state == "ready":
+            subprocess.run(["systemctl", "stop", _timer(layout, host)], capture_output=True)
+        return {"done": True}
     return {"done": False}
+
+
+TELL = """import socket, sys
+with socket.socket(socket.AF_UNIX) as there:
+    there.connect(sys.argv[1])
+    there.sendall(f"{sys.argv[2]}\\n".encode())
+    there.recv(99)"""
+
+
+def _limit(layout: Layout, host: str, seconds: int) -> None:
+    """Let systemd set a host to "ready" after `seconds`, counted from the last call. Raises AgentError."""
+    timer = _timer(layout, host)
+    if subprocess.run(["systemctl", "restart", timer], capture_output=True).returncode == 0:
+        return
+    words = ["systemd-run", "--quiet", "--collect", f"--unit={timer.removesuffix('.timer')}"]
+    words += [f"--on-active={int(seconds)}", "--timer-property=AccuracySec=1s"]
+    run([*words, sys.executable, "-c", TELL, str(_socket(layout)), _command(host, "ready")])
+
+
+def _timer(layout: Layout, host: str) -> str:
+    return f"{layout.service}-gateway-{host}.timer"
+
+
+def _command(host: str, state: str) -> str:
+    return f"set server {SHARED}/{host} state {state}"
+
+
+def _socket(layout: Layout) -> Path:
+    return RUN / f"{layout.service}-gateway/admin.sock"
 
 
 def _ask(layout: Layout, command: str) -> str:
     with socket.socket(socket.AF_UNIX) as there:
         there.settimeout(5)
-        there.connect(str(RUN / f"{layout.service}-gateway/admin.sock"))
+        there.connect(str(_socket(layout)))
         there.sendall(f"{command}\n".encode())
         found = b""
         while block := there.recv(65536):

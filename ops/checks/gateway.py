@@ -31,7 +31,9 @@ def _service(case: Case) -> Iterator[Problem]:
         yield Problem(f"every login on the host reaches ComfyUI around gateway {name}: its firewall is gone", deploy)
     for each in found["servers"]:
         if each["state"] in ("DRAIN", "MAINT"):
-            yield Problem(f"gateway {name} sends nobody to {each['name']}: a deploy was interrupted", deploy)
+            yield Problem(
+                f"gateway {name} sends nobody to {each['name']}: it is being changed, or was set so by hand", deploy
+            )
         elif each["state"] != "UP":
             yield Problem(f"gateway {name} does not reach {each['name']}", f"inv doctor --host {each['name']}")
 

@@ -7,8 +7,10 @@ import http.client
 import json
 import re
 import shutil
+import signal
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -16,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from deploy.gateways import trial_port
 from tests.gateway import StandIn
-from tests.host.fleet import Fleet, fresh
+from tests.host.fleet import Fleet, fresh, within
 from tests.host.machine import Machine, free_port
 
 pytestmark = [pytest.mark.host, pytest.mark.needs("haproxy", "openssl", "nft")]
@@ -74,9 +77,10 @@ def done(fleet: Fleet, *words: str) -> str:
 CONNECT = "python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", {port}), 5)'"
 
 
-def reaches(fleet: Fleet, user: str) -> bool:
-    """Whether a user of the machine reaches ComfyUI's port."""
-    words = f"setpriv --reuid={user} --clear-groups {CONNECT.format(port=fleet.machine.port)} && echo reached"
+def reaches(fleet: Fleet, user: str, port: int = 0) -> bool:
+    """Whether a user of the machine reaches a port; by default ComfyUI's."""
+    port = port or fleet.machine.port
+    words = f"setpriv --reuid={user} --clear-groups {CONNECT.format(port=port)} && echo reached"
     return "reached" in fleet.machine.run(words, check=False)
 
 
@@ -118,6 +122,8 @@ def others_do_not_reach_comfyui(fleet: Fleet) -> None:
     done(fleet, "deploy")
     reached = {who: reaches(fleet, who) for who in ("deployer", "nobody", "hearth-gateway", "comfyui", "root")}
     assert reached == {"deployer": False, "nobody": False, "hearth-gateway": True, "comfyui": True, "root": True}
+    with closing(StandIn(trial := trial_port(machine.port))):
+        assert {who: reaches(fleet, who, trial) for who in reached} == reached
     machine.run("systemd-run --wait --quiet --property=DynamicUser=yes " + CONNECT.format(port=machine.port))
     machine.run("systemctl stop comfyui-gateway")
     assert not reaches(fleet, "deployer")
@@ -140,12 +146,48 @@ def people_are_served_without_room_for_the_log(fleet: Fleet, use: Callable[[], i
     machine.run("umount --lazy /var/log/journal && systemctl restart systemd-journald")
 
 
+BOX = """
+[hosts.box]
+address = "spark"
+profile = "cpu"
+port = 8189
+service = "box"
+run_as = "box"
+prefix = "/opt/box"
+"""
+KILLED = """
+import os, signal
+from agent.schema.change import CutOver
+from deploy import aside, connection
+from deploy.look import find_target
+from deploy.plan import Options
+aside.LEASE = 3
+step = CutOver("", "", "", 60, False, "", "yes")
+with connection.connect(find_target("spark")) as agent:
+    with aside.aside(agent, find_target("box"), [step], Options(force=True)):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def a_host_is_back_after_its_deploy_was_killed(fleet: Fleet) -> None:
+    def states() -> dict[str, str]:
+        return {each["name"]: each["state"] for each in json.loads(done(fleet, "status", "--json"))["hosts"]}
+
+    words = [sys.executable, "-c", KILLED]
+    killed = subprocess.run(words, cwd=fleet.checkout, env=fleet.environment(), capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert states() in ({"spark": "UP", "box": "MAINT"}, {"spark": "UP", "box": "UP"})
+    assert "HAProxy" not in killed.stderr
+    assert within(30, lambda: states() == {"spark": "UP", "box": "UP"})
+
+
 def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     port, machine = free_port(), fleet.machine
 
-    def configure(prompts: int) -> None:
+    def configure(prompts: int, more: str = "", behind: str = "") -> None:
         fleet.configure(
-            f'[gateways.home]\nhost = "spark"\nport = {port}\nlisten = "127.0.0.1"\nnames = ["127.0.0.1"]\n'
+            f'{more}[gateways.home]\nhost = "spark"\n{behind}port = {port}\nlisten = "127.0.0.1"\n'
+            'names = ["127.0.0.1"]\n'
             f"users.anna = {{}}\nlimits.prompts = {prompts}\n"
         )
 
@@ -183,6 +225,10 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
 
     people_are_served_without_room_for_the_log(fleet, lambda: ask(port, authority, login))
+    with closing(StandIn(8189)):
+        configure(30, more=BOX, behind='behind = ["spark", "box"]\n')
+        done(fleet, "deploy")
+        a_host_is_back_after_its_deploy_was_killed(fleet)
 
     machine.run("systemctl kill --kill-whom=main --signal=KILL comfyui-gateway")
     end = time.monotonic() + 20

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from agent.change.trial import Trial
 from agent.files import AgentError
 from agent.layout import Layout
 from agent.look import gateway as look
@@ -56,6 +57,15 @@ def test_haproxy_accepts_the_people_that_were_added(layout: Layout, tmp_path: Pa
         assert ask(layout, "remove", "ben") == {"known": True}
         assert code({"Authorization": f"Bearer {token}"}) == 401
         assert ask(layout, "remove", "ben") == {"known": False}
+
+
+def test_a_trial_runs_where_only_the_gateway_reaches_it(layout: Layout) -> None:
+    assert Trial(layout).port() > 0
+    layout.trial = free_port()
+    assert Trial(layout).port() == layout.trial
+    with socket.create_server(("127.0.0.1", layout.trial)), pytest.raises(AgentError) as raised:
+        Trial(layout).port()
+    assert (raised.value.report["kind"], str(layout.trial) in raised.value.report["what"]) == ("trial", True)
 
 
 def test_no_secret_is_readable_or_recorded(layout: Layout) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent.processes import wait_for
 from agent.schema.change import CutOver, Delete, Step
 from core.errors import ConnectError, HostError
 from deploy import aside, connection, host
@@ -42,6 +43,7 @@ class Agent:
             return [{"status": "running"}] if self.looks < 3 else [{"status": "success"}]
         assert verb == "gateway-server"
         self.asked.append(f"{values['host']} {values['state']}")
+        assert values["seconds"] > 2 * aside.RENEW
         if self.broken:
             raise HostError("step-failed", "the socket is gone")
         return {"done": self.moves}
@@ -72,6 +74,19 @@ def test_people_are_moved_when_the_jobs_have_ended(monkeypatch: pytest.MonkeyPat
     agent = Agent()
     assert asked(monkeypatch, tmp_path, agent, behind=BOTH) == ["box drain", "box maint", "change", "box ready"]
     assert agent.looks == 3
+
+
+def test_a_long_change_asks_for_its_host_again_before_the_gateway_puts_it_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    agent = Agent()
+    asked(monkeypatch, tmp_path, agent, behind=BOTH)
+    agent.asked.clear()
+    monkeypatch.setattr(aside, "RENEW", 0)
+    with aside.aside(agent, host.target("box"), [CUT_OVER], Options()):  # type: ignore[arg-type]
+        assert wait_for(lambda: agent.asked.count("box maint") > 3, 60)
+    assert agent.asked[-1] == "box ready"
+    assert agent.asked.count("box ready") == 1
 
 
 def test_a_failed_change_puts_the_host_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

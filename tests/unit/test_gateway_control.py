@@ -89,7 +89,11 @@ behind = ["spark", "ann", "ben", "box"]""")
     )  # fmt: skip
     name, found = control.find("")
     access = control.wanted(name, found, "/opt/comfyui", "comfyui")["access"]
-    assert {port: names[2] for port, names in access.items()} == {"8188": "comfyui", "8288": "ann", "8388": "ben"}
+    users = {"8188": "comfyui", "8288": "ann", "8388": "ben"}
+    users |= {"28188": "comfyui", "28288": "ann", "28388": "ben"}  # of trials
+    assert {port: names[2] for port, names in access.items()} == users
+    assert host.target("ben").site["trial"] == 28388
+    assert "trial" not in host.target("box").site  # on another machine nothing is guarded
     assert {tuple(names[:2]) for names in access.values()} == {("hearth-gateway", "hearth-exporter")}
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,7 +119,11 @@ def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> 
 
 @pytest.fixture
 def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """A layout whose gateway has its socket in the test's folder."""
+    """A layout whose gateway has its socket in the test's folder, and a systemd that notes what it is told."""
+    for name, status in (("systemctl", 1), ("systemd-run", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >{tmp_path}/{name}.log\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "s-gateway").symlink_to(tmp_path)
     monkeypatch.setattr(balance, "RUN", tmp_path)
     return Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
@@ -134,20 +141,33 @@ def test_people_leave_a_host_before_it_is_replaced(
         first = gateway.ask("GET", "/", "ben").json["port"]
         name = f"h{[each.port for each in hosts].index(first)}"
         other = "h1" if name == "h0" else "h0"
-        assert balance.set_state(layout, name, "drain") == {"done": True}
+        assert balance.set_state(layout, name, "drain", 60) == {"done": True}
         assert gateway.ask("GET", "/", "ben").json["port"] == first
         assert {gateway.ask("GET", "/", who).json["port"] for who in ("anna", "cleo")} != {first}
-        assert balance.set_state(layout, name, "maint") == {"done": True}
+        assert balance.set_state(layout, name, "maint", 60) == {"done": True}
         assert gateway.ask("GET", "/", "ben").json["port"] != first
         assert states(layout) == {name: "MAINT", other: "UP"}
         monkeypatch.setattr(balance, "PATIENCE", 0)
         for state in ("drain", "maint"):
-            assert balance.set_state(layout, other, state) == {"done": False}
-        assert balance.set_state(layout, name, "ready") == {"done": True}
+            assert balance.set_state(layout, other, state, 60) == {"done": False}
+        assert balance.set_state(layout, name, "ready", 60) == {"done": True}
         assert states(layout) == {name: "UP", other: "UP"}
-        assert balance.set_state(layout, "h9", "drain") == {"done": False}
+        assert balance.set_state(layout, "h9", "drain", 60) == {"done": False}
     assert balance.servers(layout) == []
-    assert balance.set_state(layout, name, "drain") == {"done": False}
+    assert balance.set_state(layout, name, "drain", 60) == {"done": False}
+
+
+def test_a_host_is_back_when_nobody_asks_for_it_any_more(tmp_path: Path, layout: Layout) -> None:
+    """systemd tells HAProxy then: a deploy that is killed tells nobody."""
+    with running(tmp_path, hosts=2):
+        assert balance.set_state(layout, "h1", "maint", 60) == {"done": True}
+        assert states(layout) == {"h0": "UP", "h1": "MAINT"}
+        words = (tmp_path / "systemd-run.log").read_text().split("\0")
+        assert "--on-active=60" in words
+        subprocess.run(words[words.index(sys.executable) : -1], check=True, timeout=60)
+        assert states(layout) == {"h0": "UP", "h1": "UP"}
+        balance.set_state(layout, "h1", "ready", 60)
+        assert (tmp_path / "systemctl.log").read_text() == "stop\0s-gateway-h1.timer\0"
 
 
 def test_no_request_fails_or_waits_while_two_hosts_are_replaced_in_turn(tmp_path: Path, layout: Layout) -> None:
@@ -165,14 +185,14 @@ def test_no_request_fails_or_waits_while_two_hosts_are_replaced_in_turn(tmp_path
             clients = [asyncio.ensure_future(asyncio.to_thread(client, who)) for who in ("anna", "ben", "cleo") * 2]
             for i, each in enumerate(hosts):
                 for state in ("drain", "maint"):
-                    assert balance.set_state(layout, f"h{i}", state) == {"done": True}
+                    assert balance.set_state(layout, f"h{i}", state, 60) == {"done": True}
                 await asyncio.sleep(0.5)  # what was being answered ends
                 each.stop()
                 before = len(hosts[1 - i].requests)
                 while len(hosts[1 - i].requests) < before + 20:
                     await asyncio.sleep(0.05)
                 each.start()
-                assert balance.set_state(layout, f"h{i}", "ready") == {"done": True}
+                assert balance.set_state(layout, f"h{i}", "ready", 60) == {"done": True}
             ended = True
             return await asyncio.gather(*clients)
 

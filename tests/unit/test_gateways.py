@@ -75,6 +75,14 @@ def test_other_entries_for_the_gateways_machine_are_reached_at_loopback(written:
     gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN}scope = "user"\nuser = "ben"')
 
 
+def test_a_port_that_trials_need_is_not_free_for_others(written: Path) -> None:
+    with raises("config", match="28188"):
+        gateway(written, f'{LEAST}behind = ["spark", "ben"]\n{BEN.replace("8288", "28188")}')
+    with raises("config", match="28188"):
+        gateway(written, f"{LEAST}port = 28188")
+    assert gateways.trial_port(50_000) == 30_000
+
+
 def test_people_are_named_as_they_like(written: Path) -> None:
     """Neither their names nor those of gateways are taken for the names of secrets."""
     found = gateway(written, f'{LEAST}users.pat = {{ role = "administrator" }}\nusers.dsn = {{}}')
