@@ -181,6 +181,31 @@ def a_host_is_back_after_its_deploy_was_killed(fleet: Fleet) -> None:
     assert within(30, lambda: states() == {"spark": "UP", "box": "UP"})
 
 
+def it_is_removed_with_all_that_it_had(fleet: Fleet) -> None:
+    done(fleet, "remove", "--yes")
+    assert "nothing to do" in done(fleet, "remove", "--yes")
+    assert reaches(fleet, "deployer")
+    done(fleet, "deploy")
+    fleet.inv("nuke", "--host", "spark", "--yes")
+    assert reaches(fleet, "deployer")
+    left = "ls -d /opt/comfyui/gateway /etc/systemd/system/comfyui-gateway.service 2>/dev/null; pgrep -c haproxy"
+    assert fleet.machine.run(left, check=False).strip() == "0"
+
+
+def a_change_is_loaded_and_undone(fleet: Fleet, configure: Callable[[], None], use: Callable[[], int]) -> None:
+    machine = fleet.machine
+    main = machine.run("systemctl show comfyui-gateway --property=MainPID")
+    configure()
+    done(fleet, "deploy")  # loaded without a restart
+    assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
+    codes = [use() for _ in range(3)]
+    assert codes[-1] == 429
+    done(fleet, "rollback")
+    assert [use() for _ in range(3)] == [200] * 3
+    assert "nothing to do" not in done(fleet, "rollback")
+    assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
+
+
 def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     port, machine = free_port(), fleet.machine
 
@@ -213,17 +238,7 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     others_do_not_reach_comfyui(fleet)
     hook_installs_a_renewed_certificate(fleet, port, authority)
 
-    main = machine.run("systemctl show comfyui-gateway --property=MainPID")
-    configure(1)
-    done(fleet, "deploy")  # loaded without a restart
-    assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
-    codes = [ask(port, authority, login) for _ in range(3)]
-    assert codes[-1] == 429
-    done(fleet, "rollback")
-    assert [ask(port, authority, login) for _ in range(3)] == [200] * 3
-    assert "nothing to do" not in done(fleet, "rollback")
-    assert machine.run("systemctl show comfyui-gateway --property=MainPID") == main
-
+    a_change_is_loaded_and_undone(fleet, lambda: configure(1), lambda: ask(port, authority, login))
     people_are_served_without_room_for_the_log(fleet, lambda: ask(port, authority, login))
     with closing(StandIn(8189)):
         configure(30, more=BOX, behind='behind = ["spark", "box"]\n')
@@ -238,11 +253,4 @@ def test_people_use_a_deployed_gateway(fleet: Fleet) -> None:
     done(fleet, "users", "remove", "anna")
     assert ask(port, authority, login) == 401
 
-    done(fleet, "remove", "--yes")
-    assert "nothing to do" in done(fleet, "remove", "--yes")
-    assert reaches(fleet, "deployer")
-    done(fleet, "deploy")
-    fleet.inv("nuke", "--host", "spark", "--yes")
-    assert reaches(fleet, "deployer")
-    left = "ls -d /opt/comfyui/gateway /etc/systemd/system/comfyui-gateway.service 2>/dev/null; pgrep -c haproxy"
-    assert machine.run(left, check=False).strip() == "0"
+    it_is_removed_with_all_that_it_had(fleet)

@@ -381,13 +381,6 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_sent(home: tuple[Ru
     assert len(comfy.received("/upload/image")) == 1
 
 
-def test_http_2_has_no_way_around_the_limits(home: tuple[Running, StandIn]) -> None:
-    """A client may begin with it unasked. Its bodies need no length."""
-    gateway, _ = home
-    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-    assert gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings, first=True).startswith(b"HTTP/1.1 400 ")
-
-
 def test_slow_headers_and_bodies_end_and_hold_up_nobody(tmp_path: Path) -> None:
     edit = {"timeout http-request 10s": "timeout http-request 2s", "wait-for-body time 15s": "wait-for-body time 2s"}
     with running(tmp_path, edit=edit) as (gateway, (comfy,)):

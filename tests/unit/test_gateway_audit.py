@@ -78,6 +78,13 @@ def test_what_only_administrators_may_do_is_logged_also_if_it_reads(home: tuple[
     assert logged(gateway, 200, "GET", "/internal/logs", "anna")["path"] == "/internal/logs"  # and nothing before
 
 
+def test_http_2_has_no_way_around_the_limits(home: tuple[Running, StandIn]) -> None:
+    """A client may begin with it unasked. Its bodies need no length."""
+    gateway, _ = home
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    assert gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings, first=True).startswith(b"HTTP/1.1 400 ")
+
+
 EVERYBODY = {
     "POST /upload/image",
     "POST /upload/mask",
