@@ -100,7 +100,7 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step:
         error.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
         error.report["hint"] = report["hint"] or "read the log above; to try again: inv deploy"
         with suppress(AgentError, OSError):
-            error.report["log"] = trial.log(25)
+            error.report["log"] = trial.log(25) if trial.argv else []  # an earlier trial's, if this one has no port
         raise error from error
     finally:
         trial.clear()

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from agent.change import trial
 from agent.change.trial import Trial
 from agent.files import AgentError
 from agent.layout import Layout
 from agent.look import gateway as look
+from agent.schema.change import CutOver
 from agent.serve import gateway as kept
+from agent.serve.systemd import Systemd
 from deploy.gateways import Limits
 from tests.gateway import Running, basic, free_port, running
 
@@ -66,6 +69,19 @@ def test_a_trial_runs_where_only_the_gateway_reaches_it(layout: Layout) -> None:
     with socket.create_server(("127.0.0.1", layout.trial)), pytest.raises(AgentError) as raised:
         Trial(layout).port()
     assert (raised.value.report["kind"], str(layout.trial) in raised.value.report["what"]) == ("trial", True)
+
+
+def test_a_trial_without_its_port_does_not_show_the_log_of_an_earlier_one(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout.trial = free_port()
+    layout.state.mkdir()
+    (layout.state / "trial.log").write_text("earlier")
+    monkeypatch.setattr(trial, "trial_of", lambda *_: Trial(layout))
+    step = CutOver("", "", "", 60, False, "new", "yes")
+    with socket.create_server(("127.0.0.1", layout.trial)), pytest.raises(AgentError) as raised:
+        trial.run_trial(layout, Systemd(layout), {"id": "new"}, print, step, layout.state)
+    assert (raised.value.report["kind"], raised.value.report["log"]) == ("trial", [])
 
 
 def test_no_secret_is_readable_or_recorded(layout: Layout) -> None:
