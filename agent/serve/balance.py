@@ -77,7 +77,7 @@ def _limit(layout: Layout, host: str, seconds: int) -> None:
         return
     words = ["systemd-run", "--quiet", "--collect", f"--unit={timer.removesuffix('.timer')}"]
     words += [f"--on-active={int(seconds)}", "--timer-property=AccuracySec=1s"]
-    run([*words, sys.executable, "-c", TELL, str(_socket(layout)), _command(host, "ready")])
+    run([*words, sys.executable, "-I", "-c", TELL, str(_socket(layout)), _command(host, "ready")])
 
 
 def _timer(layout: Layout, host: str) -> str:
