@@ -150,26 +150,7 @@ def _steps(
 ) -> list[Step]:
     """The steps, in order; none if the host is as wanted."""
     host = target.host
-    steps: list[Step] = []
-    users = [] if facts.user else [host.run_as]
-    users += [] if facts.exporter_user else [target.site["exporter"]]
-    if users:
-        steps.append(account(users, "units run without privileges"))
-    if not facts.lingers:
-        title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
-        why, undo = "without it ComfyUI ends with your session and does not start at boot", "loginctl disable-linger"
-        steps.append(schema.Linger(title, why, undo))
-    steps += _people(target, facts)
-    steps += _mounts(target, facts)
-    missing = [path for path, error in facts.places.items() if error]
-    if not facts.data:
-        title = f"lay out {facts.prefix}"
-        steps.append(schema.Folders(title, "some of its folders are missing", f"rm -r {facts.prefix}"))
-    elif missing or not facts.shared:
-        people = "everybody read" if host.public else "members share, and nobody else see,"
-        title = f"make {', '.join(missing)}" if missing else f"let {people} what is in {facts.prefix}/data"
-        why = "missing" if missing else "its mode or group differs"
-        steps.append(schema.Folders(title, why, "nothing: no file is changed"))
+    steps = [*_accounts(target, facts), *_mounts(target, facts), *_folders(target, facts)]
     steps += _part_steps(facts, selection, wanted)
     if facts.release(wanted["id"]) is None:
         steps.append(_release_step(wanted, "to allow a rollback"))
@@ -177,11 +158,8 @@ def _steps(
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
     replaced = any(step.kind in ("base", "app", "env", "node", "release") for step in steps) or not facts.service.linked
     if facts.current != wanted["id"] or replaced:
-        why = (
-            "the running release was modified on disk"
-            if facts.current == wanted["id"]
-            else "it is not the configured release"
-        )
+        same = facts.current == wanted["id"]
+        why = "the running release was modified on disk" if same else "it is not the configured release"
         steps.append(_cut_over(facts, wanted["id"], why, options, proofs))
         if options.trial == "only":
             return steps
@@ -196,6 +174,34 @@ def _steps(
     made = any(step.kind in ("base", "app", "env", "node", "exporter", "release", "cut-over") for step in steps)
     steps += _prune(facts, wanted["id"], host.keep, made)
     return steps
+
+
+def _accounts(target: Target, facts: Facts) -> list[Step]:
+    """The steps for the users that units run as, for lingering, and for members."""
+    steps: list[Step] = []
+    users = [] if facts.user else [target.host.run_as]
+    users += [] if facts.exporter_user else [target.site["exporter"]]
+    if users:
+        steps.append(account(users, "units run without privileges"))
+    if not facts.lingers:
+        title = f"let {facts.login}'s systemd run without a login (loginctl enable-linger)"
+        why, undo = "without it ComfyUI ends with your session and does not start at boot", "loginctl disable-linger"
+        steps.append(schema.Linger(title, why, undo))
+    return steps + _people(target, facts)
+
+
+def _folders(target: Target, facts: Facts) -> list[Step]:
+    """The step that creates folders, or corrects their modes and groups."""
+    missing = [path for path, error in facts.places.items() if error]
+    if not facts.data:
+        title = f"create the folders of {facts.prefix}"
+        return [schema.Folders(title, "some of its folders are missing", f"rm -r {facts.prefix}")]
+    if not missing and facts.shared:
+        return []
+    right = "let everybody read" if target.host.public else "give only the members access to"
+    title = f"create {', '.join(missing)}" if missing else f"{right} {facts.prefix}/data"
+    why = "missing" if missing else "its mode or group differs"
+    return [schema.Folders(title, why, "nothing: no file is changed")]
 
 
 def account(users: Sequence[str], why: str) -> Step:
@@ -393,8 +399,8 @@ def _notes(target: Target, facts: Facts) -> list[str]:
         )
     if facts.manager == "process" and facts.lingers:
         found.append("this login has no systemd: Hearth's own supervisor runs ComfyUI and does not start it at boot")
-    if facts.manager == "process" and target.profile.memory_max:
-        found.append("ComfyUI's memory is not limited: `memory_max` needs systemd")
+        if target.profile.memory_max not in ("", "infinity"):
+            found.append("ComfyUI's memory is not limited: `memory_max` needs systemd")
     if facts.unused:
         names = ", ".join(facts.unused)
         found.append(

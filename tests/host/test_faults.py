@@ -34,7 +34,7 @@ STEPS = ["make app", "write release", "cut over", "prune"]
 SEED = os.environ["HEARTH_SEED"]
 """The seed of the random times: different in each run, printed at its start (tests/conftest.py)."""
 
-FIRST = ["create the system user", "lay out", "make app", "send uv", "make env", "write release"]
+FIRST = ["create the system user", "create the folders", "make app", "send uv", "make env", "write release"]
 """The same for a first deploy, up to the cut-over."""
 
 

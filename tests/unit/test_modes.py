@@ -297,7 +297,10 @@ def test_unenforced_memory_limit_is_noted() -> None:
     target = replace(spark(scope="user"), profile=profile)
     without = replace(FRESH, manager="process")
     assert "ComfyUI's memory is not limited: `memory_max` needs systemd" in made(without, target).notes
-    assert not any("memory_max" in each for each in made(replace(FRESH, manager="x"), target).notes)
+    unlimited = replace(target, profile=msgspec.structs.replace(profile, memory_max="infinity"))
+    limited = [(replace(FRESH, manager="x"), target), (replace(without, lingers=False), target), (without, unlimited)]
+    for facts, each in limited:  # systemd, systemd once the plan has enabled lingering, and no limit
+        assert not any("memory_max" in note for note in made(facts, each).notes)
 
 
 # --- what the agent does -------------------------------------------------------------------------------------------
