@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent.files import AgentError, Json
 from agent.layout import Layout
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
 
 T = TypeVar("T")
 
@@ -99,22 +102,20 @@ def ask(place: Endpoint, path: str, body: Json | None = None, seconds: float = 5
     raise unknown or ConnectionRefusedError(f"no process listens at {' or '.join(place.addresses)}, port {place.port}")
 
 
-def _exchange(place: Endpoint, address: str, path: str, body: Json | None, seconds: float, limit: int) -> bytes:
+def _connection(place: Endpoint, address: str, seconds: float) -> HTTPConnection:
     from http.client import HTTPConnection, HTTPSConnection
 
-    if place.tls:
-        import ssl
+    if not place.tls:
+        return HTTPConnection(address, place.port, timeout=seconds)
+    import ssl
 
-        # ComfyUI's certificate is for the public host name, not for the loopback address.
-        connection: HTTPConnection = HTTPSConnection(
-            address,
-            place.port,
-            timeout=seconds,
-            context=ssl._create_unverified_context(),  # noqa: S323
-        )
-    else:
-        connection = HTTPConnection(address, place.port, timeout=seconds)
-    late = threading.Event()
+    # ComfyUI's certificate is for the public host name, not for the loopback address.
+    unverified = ssl._create_unverified_context()  # noqa: S323
+    return HTTPSConnection(address, place.port, timeout=seconds, context=unverified)
+
+
+def _exchange(place: Endpoint, address: str, path: str, body: Json | None, seconds: float, limit: int) -> bytes:
+    connection, late = _connection(place, address, seconds), threading.Event()
     sockets: list[socket.socket | None] = []
 
     def close_sockets() -> None:
@@ -126,15 +127,13 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     # A socket timeout restarts with every byte; this timer also limits a response that trickles in.
     timer = threading.Timer(seconds, close_sockets)
     timer.daemon = True
+    method, text = ("GET", None) if body is None else ("POST", json.dumps(body))
     with closing(connection):
         timer.start()
         try:
             connection.connect()
             sockets.append(connection.sock)  # HTTPConnection drops it after the headers of a final response
-            headers = {"Content-Type": "application/json"}
-            connection.request(
-                "GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers
-            )
+            connection.request(method, path, text, {"Content-Type": "application/json"})
             with connection.getresponse() as answer:
                 raw = answer.read(limit + 1)
         except Exception as error:
@@ -148,9 +147,8 @@ def _exchange(place: Endpoint, address: str, path: str, body: Json | None, secon
     if len(raw) > limit:
         raise TooLongError(f"the answer to {path} is longer than {limit} bytes")
     if answer.status != 200:
-        raise ValueError(
-            f"{path} returned status {answer.status}: {printable(raw[:500].decode(errors='replace'), 500)}"
-        )
+        said = printable(raw[:500].decode(errors="replace"), 500)
+        raise ValueError(f"{path} returned status {answer.status}: {said}")
     return raw
 
 

@@ -10,10 +10,10 @@ import select
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from agent.deletion import remove
 from agent.files import AgentError, read, sha256, sync, write
@@ -83,18 +83,7 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
     child = os.fork()
     if child == 0:
         os.close(reader)  # else a write blocks forever instead of failing after the parent's death
-        status = 1
-        with suppress(BaseException):
-            try:
-                result = {"answer": work(*given)}
-            except OSError as error:
-                result = {"errno": error.errno or 0, "error": str(error)}
-            except Exception as error:
-                result = {"error": repr(error)}
-            with os.fdopen(writer, "w") as pipe:
-                pipe.write(json.dumps(result, default=vars))
-            status = 0
-        os._exit(status)
+        _work(writer, work, given)
     os.close(writer)
 
     def answer() -> Any:
@@ -102,20 +91,15 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
             if end and not select.select([reader], [], [], max(0, end - time.monotonic()))[0]:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                raise AgentError(
-                    "step", f"{work.__name__} did not end within {seconds:.0f} s", "", "run the same command again"
-                )
+                what = f"{work.__name__} did not end within {seconds:.0f} s"
+                raise AgentError("step", what, "", "run the same command again")
             result = pipe.read()
         if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             why = f"by signal {-code}" if code < 0 else "it could not send its answer"
             if code == -signal.SIGKILL:
                 why += ", sent by the kernel for lack of memory (see dmesg) or by a user"
-            raise AgentError(
-                "step",
-                f"{work.__name__} was ended",
-                why,
-                "run the same command again; if that does not help: inv doctor",
-            )
+            hint = "run the same command again; if that does not help: inv doctor"
+            raise AgentError("step", f"{work.__name__} was ended", why, hint)
         found = json.loads(result)
         if "errno" in found:
             raise OSError(found["errno"], found["error"].partition("] ")[2] or found["error"])
@@ -124,6 +108,22 @@ def forked(work: Callable[..., Any], *given: Any, seconds: float | None = None) 
         return found["answer"]
 
     return answer
+
+
+def _work(writer: int, work: Callable[..., Any], given: Sequence[Any]) -> NoReturn:
+    """Write the result of `work` to a pipe, and end this process."""
+    status = 1
+    with suppress(BaseException):
+        try:
+            result = {"answer": work(*given)}
+        except OSError as error:
+            result = {"errno": error.errno or 0, "error": str(error)}
+        except Exception as error:
+            result = {"error": repr(error)}
+        with os.fdopen(writer, "w") as pipe:
+            pipe.write(json.dumps(result, default=vars))
+        status = 0
+    os._exit(status)
 
 
 def as_service(

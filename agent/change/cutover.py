@@ -268,19 +268,24 @@ class Cutover:
                 attempt(self.manager.disable)
             if self.record["was_active"]:
                 attempt(lambda: self.manager.start(wait=not self.layout.unmounted()))
-            back = f"release {previous} is restored"
-            if self.record["was_active"] and not failures and not self.layout.unmounted():
-                try:
-                    old = self.layout.manifest(previous)
-                    first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
-                    back += " and answers requests"
-                except AgentError as error:
-                    failures.append(f"release {previous} is restored, but does not answer: {error}")
+            back = self.check_restored(previous, failures)
         else:
             attempt(self.manager.uninstall)
             attempt(lambda: discard(self.layout.current))
             back = "there was no previous release, so none runs now"
         raise self.reverted(report, back, failures)
+
+    def check_restored(self, previous: str, failures: list[str]) -> str:
+        """Return the state of the restored release in words; add a failure if it does not answer."""
+        if self.record["was_active"] and not failures and not self.layout.unmounted():
+            try:
+                old = self.layout.manifest(previous)
+                first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
+            except AgentError as error:
+                failures.append(f"release {previous} is restored, but does not answer: {error}")
+            else:
+                return f"release {previous} is restored and answers requests"
+        return f"release {previous} is restored"
 
     def switch_back(self) -> None:
         """Point `current` at the old release by renaming a link made before, which needs no disk space."""

@@ -43,87 +43,120 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
     `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
     a mount whose server is down: call `check_folders_respond` first. Raises AgentError.
     """
+    parts = _parts(layout, verified)
+    return Facts(
+        **_machine(layout, ask, devices),
+        **_storage(layout, ask),
+        **_people(layout),
+        **_releases(layout),
+        **_service(layout, ask),
+        parts=parts(),
+        engine=engine(layout) if ask.get("engine") else None,
+    )
+
+
+def _machine(layout: Layout, ask: Json, devices: Sequence[GpuState]) -> Json:
+    system = os_release()
+    gpus, driver = nvidia(devices)
+    glibcxx, cxxabi = libstdcxx()
+    return {
+        "hostname": socket.gethostname(),
+        "os": f"{system.get('ID', 'linux')} {system.get('VERSION_ID', '')}".strip(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
+        "glibcxx": glibcxx,
+        "cxxabi": cxxabi,
+        "pythons": pythons(layout, ask["pythons"]),
+        "packages": packages(ask["packages"]),
+        "gpus": gpus,
+        "driver": driver,
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "cores": os.cpu_count() or 1,
+        "landlock": landlock(),
+    }
+
+
+def _storage(layout: Layout, ask: Json) -> Json:
+    place = next(path for path in [layout.prefix, *layout.prefix.parents] if path.exists())
+    disk = os.statvfs(place)
+    return {
+        "prefix": str(layout.prefix),
+        "writable": os.access(place, os.W_OK),
+        "disk_free": disk.f_bavail * disk.f_frsize,
+        # File systems without a fixed number of inodes report 0 of 0.
+        "inodes_free": disk.f_favail if disk.f_files else None,
+        "mounts": {path: mount_state(layout, path, wanted) for path, wanted in ask["mounts"].items()},
+        "places": {path: folder_problem(layout, Path(path), use) for path, use in ask["places"].items()}
+        | traps(layout),
+        "data_free": {str(path): free_bytes(path) for path in (layout.data, *map(Path, layout.elsewhere.values()))},
+        # ComfyUI creates `temp` when it starts and deletes it when it ends.
+        "data": all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),
+        "place": prefix_state(layout),
+        "shared": shares(layout),
+        "unused": tuple(unused(layout)),
+        "secrets": secrets(layout),
+    }
+
+
+def _people(layout: Layout) -> Json:
+    return {
+        "login": login(),
+        "root": os.geteuid() == 0,
+        "user": user_exists(layout.user),
+        "exporter_user": user_exists(layout.exporter),
+        "user_fault": account_problem(layout),
+        "members": group_members(layout),
+        "rights": member_rights(layout),
+        # An unreadable file counts as empty: no signers.
+        "signers": read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
+    }
+
+
+def _releases(layout: Layout) -> Json:
     current, problem = "", Report()
     try:
         current = layout.release()
     except AgentError as error:
         problem = cast("Report", error.report)
-    manifests = [read(path, lenient=True) for path in sorted(layout.releases.glob("*/release.json"))]
-    parts = _parts(layout, verified)
-    place = next(path for path in [layout.prefix, *layout.prefix.parents] if path.exists())
-    disk = os.statvfs(place)
-    system = os_release()
-    here = layout.scope == "user" or Path("/run/systemd/system").is_dir()
-    manager = manager_of(layout)
+    manifests = [
+        found for path in sorted(layout.releases.glob("*/release.json")) if (found := read(path, lenient=True))
+    ]
     runs = history(layout)
-    gpus, driver = nvidia(devices)
-    glibcxx, cxxabi = libstdcxx()
-    return Facts(
-        hostname=socket.gethostname(),
-        os=f"{system.get('ID', 'linux')} {system.get('VERSION_ID', '')}".strip(),
-        machine=platform.machine(),
-        kernel=platform.release(),
-        glibc=(os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
-        glibcxx=glibcxx,
-        cxxabi=cxxabi,
-        pythons=pythons(layout, ask["pythons"]),
-        gpus=gpus,
-        driver=driver,
-        memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        cores=os.cpu_count() or 1,
-        login=login(),
-        root=os.geteuid() == 0,
-        prefix=str(layout.prefix),
-        writable=os.access(place, os.W_OK),
-        disk_free=disk.f_bavail * disk.f_frsize,
-        # File systems without a fixed number of inodes report 0 of 0.
-        inodes_free=disk.f_favail if disk.f_files else None,
-        mounts={path: mount_state(layout, path, wanted) for path, wanted in ask["mounts"].items()},
-        places={path: folder_problem(layout, Path(path), use) for path, use in ask["places"].items()} | traps(layout),
-        data_free={str(path): free_bytes(path) for path in (layout.data, *map(Path, layout.elsewhere.values()))},
-        packages=packages(ask["packages"]),
-        port_holder=port_holder(layout.port),
-        metrics_holder=port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
-        foreign_unit=manager.foreign() if here and isinstance(manager, Systemd) else "",
-        adopted=AdoptionJournal(layout).path.exists(),
-        settings=tuple(sorted(SettingsJournal(layout).in_force())),
-        paused=cast("Paused", read(layout.paused)),
-        placed=tuple(map(str, Systemd(layout).placed())),
-        drop_ins=tuple(map(str, sorted(Systemd(layout).units.glob(f"{layout.service}*.service.d")))),
-        lingered=layout.lingered.exists(),
-        # An unreadable file counts as empty: no signers.
-        signers=read_text(SIGNERS) if os.path.lexists(SIGNERS) else None,
-        place=prefix_state(layout),
-        user=user_exists(layout.user),
-        exporter_user=user_exists(layout.exporter),
-        exporter=exporter(layout),
-        user_fault=account_problem(layout),
-        members=group_members(layout),
-        shared=shares(layout),
-        unused=tuple(unused(layout)),
-        landlock=landlock(),
-        secrets=secrets(layout),
-        rights=member_rights(layout),
-        manager=manager.name if here else "none",
-        lingers=manager.name != "process" or not user_systemd() or Supervised(layout).enabled.exists(),
-        current=current,
-        current_error=problem,
-        releases=tuple(each for each in manifests if each),
-        altered=tuple(each["id"] for each in manifests if each and altered(layout, each)),
-        proven=tuple(_proven(layout, runs)),
-        databases=databases(layout),
-        failed_nodes=read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
-        # ComfyUI creates `temp` when it starts and deletes it when it ends.
-        data=all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),
-        service=manager.status() if here and layout.state.exists() else _NO_SERVICE,
-        incoming={path.name: path.stat().st_size for path in layout.incoming.glob("*") if path.is_file()},
-        tools=tuple(sorted(path.name for path in (layout.state / "tools").glob("[!.]*"))),
-        busy=busy(layout),
-        last=last(runs),
-        deployed=last(runs, *DEPLOYS),
-        parts=parts(),
-        engine=engine(layout) if ask.get("engine") else None,
-    )
+    return {
+        "current": current,
+        "current_error": problem,
+        "releases": tuple(manifests),
+        "altered": tuple(each["id"] for each in manifests if altered(layout, each)),
+        "proven": tuple(_proven(layout, runs)),
+        "databases": databases(layout),
+        "failed_nodes": read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
+        "incoming": {path.name: path.stat().st_size for path in layout.incoming.glob("*") if path.is_file()},
+        "tools": tuple(sorted(path.name for path in (layout.state / "tools").glob("[!.]*"))),
+        "busy": busy(layout),
+        "last": last(runs),
+        "deployed": last(runs, *DEPLOYS),
+        "adopted": AdoptionJournal(layout).path.exists(),
+        "settings": tuple(sorted(SettingsJournal(layout).in_force())),
+    }
+
+
+def _service(layout: Layout, ask: Json) -> Json:
+    here = layout.scope == "user" or Path("/run/systemd/system").is_dir()
+    manager, systemd = manager_of(layout), Systemd(layout)
+    return {
+        "manager": manager.name if here else "none",
+        "lingers": manager.name != "process" or not user_systemd() or Supervised(layout).enabled.exists(),
+        "lingered": layout.lingered.exists(),
+        "service": manager.status() if here and layout.state.exists() else _NO_SERVICE,
+        "foreign_unit": manager.foreign() if here and isinstance(manager, Systemd) else "",
+        "placed": tuple(map(str, systemd.placed())),
+        "drop_ins": tuple(map(str, sorted(systemd.units.glob(f"{layout.service}*.service.d")))),
+        "paused": cast("Paused", read(layout.paused)),
+        "port_holder": port_holder(layout.port),
+        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
+        "exporter": exporter(layout),
+    }
 
 
 STALE, PATIENT = 2.0, 15.0

@@ -103,55 +103,60 @@ def _source(content: bytes) -> Iterator[IO[bytes] | int]:
 
 def _output(command: list[str], variables: dict[str, str], seconds: float, most: int, given: bytes = b"") -> bytes:
     """Run a command with limits on time and output; return its standard output. Raises AgentError."""
+    pipe = subprocess.PIPE
+    spared = take_orphans()  # a daemon could hold the pipe open and outlive it
+    try:
+        with (
+            _source(given) as source,
+            subprocess.Popen(
+                command, env=variables, cwd="/", stdin=source, stdout=pipe, stderr=pipe, start_new_session=True
+            ) as process,
+        ):
+            output, tail, late = _watched(process, spared, seconds, most)
+    except OSError as error:
+        raise AgentError("step", f"{command[0]} could not be started", str(error)) from error
+    if late:
+        raise AgentError("step", f"it did not end within {seconds} s")
+    if len(output) > most:
+        raise AgentError("step", f"it printed more than {most} bytes")
+    if process.returncode:
+        lines = (tail or output[-4000:]).decode(errors="replace").strip().splitlines()
+        raise AgentError("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
+    return output
+
+
+def _watched(
+    process: subprocess.Popen[bytes], spared: set[int], seconds: float, most: int
+) -> tuple[bytes, bytes, bool]:
+    """Wait for a process's end, or kill it and its descendants except `spared`.
+
+    Return its standard output, the end of its stderr, and whether it was killed because it was late.
+    """
     tail, late = bytearray(), threading.Event()
 
     def listen(pipe: IO[bytes]) -> None:
         while block := pipe.read1(65536):  # type: ignore[attr-defined]
             tail[:] = (tail + block)[-4000:]
 
-    output, spared = b"", take_orphans()  # a daemon could hold the pipe open and outlive it
+    def end() -> None:
+        late.set()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        end_descendants(spared)
+
+    timer = threading.Timer(seconds, end)
+    listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
+    timer.start()
+    listener.start()
     try:
-        with (
-            _source(given) as source,
-            subprocess.Popen(
-                command,
-                env=variables,
-                cwd="/",
-                stdin=source,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            ) as process,
-        ):
-
-            def end() -> None:
-                late.set()
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                end_descendants(spared)
-
-            timer = threading.Timer(seconds, end)
-            listener = threading.Thread(target=listen, args=(process.stderr,), daemon=True)
-            timer.start()
-            listener.start()
-            try:
-                assert process.stdout is not None
-                output = process.stdout.read(most + 1)
-                if len(output) > most:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                end_descendants(spared)
-                listener.join(1)
-            finally:
-                timer.cancel()
-                timer.join()  # else it could kill the next command's descendants
-    except OSError as error:
-        raise AgentError("step", f"{command[0]} could not be started", str(error)) from error
-    if late.is_set():
-        raise AgentError("step", f"it did not end within {seconds} s")
-    if len(output) > most:
-        raise AgentError("step", f"it printed more than {most} bytes")
-    if process.returncode:
-        lines = (bytes(tail) or output[-4000:]).decode(errors="replace").strip().splitlines()
-        raise AgentError("step", f"it ended with {process.returncode}", "\n".join(lines[-8:]))
-    return output
+        assert process.stdout is not None
+        output = process.stdout.read(most + 1)
+        if len(output) > most:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        end_descendants(spared)
+        listener.join(1)
+    finally:
+        timer.cancel()
+        timer.join()  # else it could kill the next command's descendants
+    return output, bytes(tail), late.is_set()
