@@ -17,6 +17,7 @@ from kernels import tasks as kernels  # noqa: E402
 from lock import tasks as lock  # noqa: E402
 from ops import cluster_tasks as clusters  # noqa: E402
 from ops import output_tasks as outputs  # noqa: E402
+from ops import settings_tasks as settings  # noqa: E402
 from ops import tasks as ops  # noqa: E402
 from ops import workflow_tasks as workflows  # noqa: E402
 
@@ -25,7 +26,7 @@ grouped = {kernels.list_kernels, kernels.pin}
 ns = Collection(
     *(
         each
-        for room in (kernels, deploy, ops, outputs, clusters, gateway)
+        for room in (kernels, deploy, ops, settings, outputs, clusters, gateway)
         for each in vars(room).values()
         if isinstance(each, Task) and each not in grouped
     )

@@ -10,6 +10,7 @@ from typing import Any, cast
 from agent.files import Json, append, read
 from agent.layout import Layout
 from agent.locks import free
+from agent.requester import asker
 from agent.schema.facts import Busy, Ended
 
 
@@ -86,6 +87,13 @@ def history(layout: Layout) -> list[Ended]:
         return cast("list[Ended]", events(layout.history.read_text(errors="replace")))
     except OSError:
         return []
+
+
+def note_change(layout: Layout, action: str, who: str) -> None:
+    """Add a change that no run made to the history, as far as the disk permits."""
+    line = {"at": now(), "result": "done", "run": "", "action": action, "release": "", "base": "", "error": ""}
+    with suppress(OSError):
+        append(layout.history, {**line, **asker(who)})
 
 
 DEPLOYS = ("deploy", "rollback")

@@ -84,6 +84,12 @@ class Layout:
         """Return the mount points where nothing is mounted."""
         return [path for path in self.mounts if not os.path.ismount(path)]
 
+    def check_mounted(self) -> None:
+        """Raise AgentError if a mount is missing that the plan found: systemd would wait for it without a limit."""
+        if missing := self.unmounted():
+            what = f"{' and '.join(missing)} was unmounted after the plan was made"
+            raise AgentError("step", what, "", "mount it there, then run the same command again")
+
     def manifest(self, release: str) -> Json:
         """Return a release's manifest; empty if it does not exist. Raises AgentError if it is damaged."""
         return read(self.releases / release / "release.json")

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from core import console
-from core.errors import RefusedError
+from core.errors import RefusedError, UsageError
 
 
 def flag(default: str | bool, meaning: str) -> Any:
     """A dataclass field for a flag, with its default and its text in `inv --help`."""
     return field(default=default, metadata={"help": meaning})
+
+
+def number(name: str, text: str, least: float = 0, most: float = math.inf, *, whole: bool = False) -> float:
+    """Parse the number that a flag was given; raises UsageError."""
+    if re.fullmatch(r"\d+" if whole else r"\d+(\.\d+)?", text) and least <= float(text) <= most:
+        return float(text)
+    bounds = f"from {least:g} to {most:g}" if most < math.inf else f"of at least {least:g}"
+    what = f"--{name} must be a {'whole ' * whole}number {bounds} (got {text!r})"
+    raise UsageError("usage", what, hint=f"for example: --{name} {min(max(least, 10), most):g}")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Tree:
 
 
 @contextmanager
-def _told(label: str, where: str) -> Iterator[None]:
+def _archive_errors(label: str, where: str) -> Iterator[None]:
     """Convert the exceptions of tarfile and zlib to SourceError."""
     try:
         yield
@@ -148,12 +148,12 @@ def members(raw: IO[bytes], label: str) -> Iterator[tuple[tarfile.TarInfo, Itera
     ration, last, count, total = _Rationed(raw), "its start", 0, 0
 
     def content(file: IO[bytes] | None) -> Iterator[bytes]:
-        with _told(label, last):
+        with _archive_errors(label, last):
             while block := file.read(1 << 16) if file else b"":
                 yield block
 
     with (
-        _told(label, "its headers"),
+        _archive_errors(label, "its headers"),
         tarfile.open(fileobj=ration, mode="r|") as archive,  # type: ignore[call-overload]  # it needs `read` alone
     ):
         while member := archive.next():

@@ -27,7 +27,7 @@ Done = subprocess.CompletedProcess[str]
 # The Debian package of a program, for the message when it is missing.
 _PACKAGES = {
     "git": "git",
-    "uv": "uv (pip install uv)",
+    "uv": "uv (pipx install uv)",
     "apt-get": "apt",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",

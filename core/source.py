@@ -160,7 +160,7 @@ def _fetch_first(recipe: Pinned, place: Path) -> None:
     raise SourceError(
         "source-unreachable",
         f"no source of {recipe.name} {recipe.version} could be fetched",
-        cause="\n         ".join(failures),
+        cause="\n".join(failures),
         hint=hint,
     )
 

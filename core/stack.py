@@ -77,7 +77,7 @@ class Stack(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def notice(self) -> str:
-        """What to tell whoever chooses this stack; empty unless it is deprecated."""
+        """The note for users of this stack; empty unless it is deprecated."""
         return f"stack {self.name} is deprecated: {self.deprecated}" if self.deprecated else ""
 
     def runs(self, comfyui: str) -> bool:

@@ -26,5 +26,5 @@ _ERRORS: dict[str, tuple[type[HearthError], str]] = {
 def error_of(report: dict[str, Any]) -> HearthError:
     """The client's exception for an error report of the agent."""
     error, kind = _ERRORS.get(report["kind"], (HostError, "step-failed"))
-    cause = "\n         ".join([*report["cause"].splitlines(), *(f"| {line}" for line in report.get("log", []))])
+    cause = "\n".join([*report["cause"].splitlines(), *(f"| {line}" for line in report.get("log", []))])
     return error(kind, report["what"], cause=cause, hint=report["hint"])

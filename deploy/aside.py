@@ -47,7 +47,7 @@ def aside(agent: Agent, target: Target, steps: Sequence[Step], options: Options)
                 there = stack.enter_context(_connected(name, gateway.host, options))
                 if there and _set(there, target.name, "drain"):
                     stack.callback(_set, there, target.name, "ready")
-                    console.say(f"gateway {name}: new people get other hosts than {target.name}")
+                    console.say(f"gateway {name}: new users go to other hosts than {target.name}")
                     with _kept(there, target.name, "drain"):
                         _await_jobs(agent, 0 if options.force else options.drain)
                     _set(there, target.name, "maint")
@@ -81,7 +81,7 @@ def _connected(name: str, host: str, options: Options) -> Iterator[Agent | None]
         try:
             there = stack.enter_context(connection.connect(find_target(host), options.ask_sudo))
         except HearthError as error:
-            console.say(f"gateway {name} moves nobody, requests wait: {error.what}")
+            console.say(f"gateway {name} does not redirect anyone, so requests wait: {error.what}")
         yield there
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from core import console, shell
 from core.errors import UsageError
+from core.flags import number
 from deploy import connection
 from deploy import host as hosts
 from deploy.gateways import on_its_machine
@@ -60,9 +61,7 @@ def there(target: Target) -> str:
 def _port(asked: str, usual: int) -> int:
     """The local port: the one that was asked for, ComfyUI's own if it is free, or a free one. Raises UsageError."""
     if asked:
-        if not (asked.isdecimal() and 0 < int(asked) < 65536):
-            raise UsageError("usage", f"--port {asked} is not a port", hint="give a number from 1 to 65535")
-        return int(asked)
+        return int(number("port", asked, 1, 65535, whole=True))
     for port in (usual, 0):
         with socket.socket() as held, suppress(OSError):
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.inputs import Inputs
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "bundle.json"
 SIGNATURE = "bundle.json.sig"
 LIMIT, SHORT = 64_000_000, 64_000
@@ -60,7 +60,7 @@ class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The target of a bundle and all its files.
 
-    `asking` are its nodes, and ComfyUI-Manager if selected; `proofs` are the workflows that a release must run.
+    `requesters` are its nodes, and ComfyUI-Manager if selected; `proofs` are the workflows that a release must run.
     """
 
     format: int
@@ -68,7 +68,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     platform: str
     python: str
     version: str
-    asking: tuple[str, ...]
+    requesters: tuple[str, ...]
     kernels: dict[str, str]
     proofs: tuple[str, ...]
     files: dict[str, File]
@@ -172,7 +172,7 @@ def write(
         platform=platform,
         python=python,
         version=inputs.application.version,
-        asking=tuple(requesters),
+        requesters=tuple(requesters),
         kernels={wheel.kernel: wheel.version for wheel in wheels},
         proofs=tuple(each.name for each in inputs.proofs),
         files=found,
@@ -425,7 +425,7 @@ def rows(path: Path, found: Opened) -> list[str]:
         ("for", f"profile {bundle.profile}, {bundle.platform}, Python {bundle.python}"),
         ("ComfyUI", bundle.version),
         ("kernels", ", ".join(kernels) or "none"),
-        ("nodes", ", ".join(bundle.asking) or "none"),
+        ("nodes", ", ".join(bundle.requesters) or "none"),
         ("proofs", ", ".join(bundle.proofs) or "none"),
     ]
     return console.table(("", ""), cells)

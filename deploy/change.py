@@ -141,7 +141,7 @@ def _converged(name: str, left: Plan) -> None:
         raise GateError(
             "not-converged",
             f"{name} was changed but did not converge; remaining:",
-            cause="\n         ".join(remains),
+            cause="\n".join(remains),
             hint="run the same command again; if that does not help, please report it as an error in Hearth",
         )
 

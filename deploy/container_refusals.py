@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from packaging.version import InvalidVersion, Version
-
 from deploy import release as releases
-from deploy.refusals import Refusal
+from deploy.refusals import Refusal, older
 from lock import image_base
 
 if TYPE_CHECKING:
@@ -36,11 +34,11 @@ def lacking(target: Target, facts: Facts) -> list[Refusal]:
     if engine is None or not engine.version:
         return [Refusal("no-engine", "the host has no Podman", f"on the host: apt-get install podman, {native}")]
     found = []
-    if _older(engine.version, PODMAN) or not engine.quadlet:
+    if older(engine.version, PODMAN) or not engine.quadlet:
         what = (
             f"Podman {engine.version} is too old: containers as units (Quadlet) need {QUADLET}, and this one {PODMAN}"
         )
-        if not _older(engine.version, PODMAN):
+        if not older(engine.version, PODMAN):
             what = f"Podman {engine.version} is installed without Quadlet, its systemd generator"
         found.append(Refusal("old-engine", what, f"install a newer Podman (Debian 13 has 5.4), {native}"))
     if engine.controllers is None:
@@ -62,7 +60,7 @@ def lacking(target: Target, facts: Facts) -> list[Refusal]:
     if facts.manager == "process" and facts.lingers:
         what = "Quadlet needs systemd, which this login does not have"
         found.append(Refusal("no-systemd", what, native[3:]))
-    if _older(facts.glibc, glibc := image_base.base().glibc):
+    if older(facts.glibc, glibc := image_base.base().glibc):
         what = f"the Python of containers needs glibc {glibc} to make environments, the host has {facts.glibc}"
         found.append(Refusal("old-glibc", what, native[3:]))
     return found
@@ -93,8 +91,19 @@ def limits(target: Target) -> list[str]:
     return memory + (["cpu"] if target.profile.cpu_max else [])
 
 
-def _older(version: str, floor: str) -> bool:
-    try:
-        return Version(version) < Version(floor)
-    except InvalidVersion:
-        return False
+def image(target: Target, inputs: Inputs) -> list[Refusal]:
+    """What a host has, but an image cannot have."""
+    found = []
+    for name, node in inputs.nodes.items():
+        remedy = f"leave {name} out of `nodes`, or deploy to a host: inv deploy"
+        if node.install:
+            found.append(Refusal("image-install", f"node {name} runs its install.py, which needs its host", remedy))
+        if node.system and node.required:
+            found.append(Refusal("no-package", f"node {name} needs {', '.join(node.system)}, not in the base", remedy))
+    if unfit := [path for path in target.host.model_roots if ":" in path]:
+        what = f"no engine can mount {unfit[0]}, because a colon ends the path"
+        found.append(Refusal("image-mount", what, "mount it elsewhere, or use --profile"))
+    if target.host.develop:
+        what = "nodes under development change while ComfyUI runs, and an image does not"
+        found.append(Refusal("image-develop", what, "leave `develop` out, or use --profile"))
+    return found

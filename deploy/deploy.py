@@ -174,8 +174,8 @@ def _accept(opened: Opened, name: str, facts: Facts) -> None:
 
 def _same_nodes(opened: Opened, name: str, requesters: Sequence[str]) -> None:
     """Refuse a bundle whose nodes differ from the host's."""
-    if set(opened.bundle.asking) != set(requesters):
-        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.asking, requesters))
+    if set(opened.bundle.requesters) != set(requesters):
+        theirs, ours = (", ".join(each) or "none" for each in (opened.bundle.requesters, requesters))
         raise BundleError(
             "bundle",
             f"the bundle has other nodes ({theirs}) than {name} ({ours})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from core.flags import Confirmation, CutOver, DryRun, Sudo, Trial, Where, flag
+from core.flags import Confirmation, CutOver, DryRun, Sudo, Trial, Where, flag, number
 
 if TYPE_CHECKING:
     from deploy.plan import Options
@@ -30,7 +30,7 @@ class Fleet(Where):
 def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
     """The options of a change, from its flags; raises UsageError. `force` belongs to tasks with their own flag."""
     from core.errors import UsageError
-    from deploy.plan import Options, seconds
+    from deploy.plan import Options
 
     cut = how if isinstance(how, CutOver) else CutOver()
     asks = isinstance(how, Confirmation) and not how.yes
@@ -39,4 +39,4 @@ def options(sudo: Sudo, how: DryRun, *, force: bool = False) -> Options:
         if how.trial and how.no_trial:
             raise UsageError("usage", "--trial and --no-trial exclude each other", hint="use one of them")
         trial = "only" if how.trial else "no" if how.no_trial else "yes"
-    return Options(seconds(cut.drain), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)
+    return Options(number("drain", cut.drain, whole=True), cut.force or force, how.dry_run, sudo.ask_sudo, asks, trial)

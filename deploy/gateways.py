@@ -79,7 +79,7 @@ def upload_bytes(limits: Limits) -> int:
 
 
 def question(gateway: Gateway) -> dict[str, Any]:
-    """What the agent is told when it looks at a gateway (`agent.look.gateway`)."""
+    """The request of the agent's verb `gateway` (`agent.look.gateway`)."""
     return {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
 
 
@@ -92,7 +92,7 @@ def members(gateway: Gateway, known: Hosts) -> list[str]:
 def endpoint(gateway: Gateway, host: Host, known: Hosts) -> str:
     """The address at which the gateway reaches the ComfyUI of a host behind it; empty if it cannot.
 
-    On its own machine it uses loopback, where nobody on the network can go around it.
+    On its own machine it uses loopback, which nobody on the network can reach.
     """
     own = on_its_machine(gateway, host, known)
     listed = [ipaddress.ip_address(each) for each in host.listen.split(",")]

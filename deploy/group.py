@@ -99,7 +99,7 @@ def _failures(
     error = GroupError(
         "group",
         f"{len(failed)} of {counted(len(names), 'host')} failed",
-        cause="\n         ".join(
+        cause="\n".join(
             [f"{each.host}: {each.state or f'release {each.release} is in service'}" for each in results]
             + [f"{name}: {error.what}" for name, error in failed.items()]
             + [f"{name}: skipped, the canary failed" for name in skipped]

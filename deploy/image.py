@@ -17,13 +17,14 @@ from core.arch import known_archs
 from core.debian import ARCHITECTURES
 from core.errors import ImageError, UsageError
 from core.stack import Platform
+from deploy import container_refusals
 from deploy import host as hosts
 from deploy import release as releases
 from deploy import release_refusals as refusals
 from deploy.image_layout import NAME, Layout
 from deploy.image_parts import CONTAINER, ENV, PREFIX, layers
 from deploy.inputs import gather
-from deploy.refusals import Refusal, refused
+from deploy.refusals import refused
 from deploy.selection import Selection, unseen
 from lock import image_base, sbom
 from lock.updates import transaction
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from deploy.host import Host, Target
-    from deploy.inputs import Inputs
 
 SBOM = "application/vnd.cyclonedx+json"
 PORT = 8188
@@ -96,7 +96,7 @@ def _select(target: Target, platform: Platform) -> Selection:
     inputs = gather(target)
     wheels = unseen(target, inputs, platform.value, base.python, NOTHING)
     lock = inputs.locks[platform.value, base.python]
-    found = _unfit(target, inputs)
+    found = container_refusals.image(target, inputs)
     found += [each for wheel in wheels for each in refusals.old_libraries(wheel, base)]
     left = {name: lock.unavailable[name] for name in inputs.nodes if name in lock.unavailable}
     found += [
@@ -119,24 +119,6 @@ def _select(target: Target, platform: Platform) -> Selection:
         nodes={name: node for name, node in inputs.nodes.items() if name not in left},
         model_folders=inputs.model_folders,
     )
-
-
-def _unfit(target: Target, inputs: Inputs) -> list[Refusal]:
-    """What a host has and an image cannot have."""
-    found = []
-    for name, node in inputs.nodes.items():
-        remedy = f"leave {name} out of `nodes`, or deploy to a host: inv deploy"
-        if node.install:
-            found.append(Refusal("image-install", f"node {name} runs its install.py, which needs its host", remedy))
-        if node.system and node.required:
-            found.append(Refusal("no-package", f"node {name} needs {', '.join(node.system)}, not in the base", remedy))
-    if unfit := [path for path in target.host.model_roots if ":" in path]:
-        what = f"no engine can mount {unfit[0]}, because a colon ends the path"
-        found.append(Refusal("image-mount", what, "mount it elsewhere, or use --profile"))
-    if target.host.develop:
-        what = "nodes under development change while ComfyUI runs, and an image does not"
-        found.append(Refusal("image-develop", what, "leave `develop` out, or use --profile"))
-    return found
 
 
 def _write(host: Host, selection: Selection, place: Path) -> Image:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from agent.schema import change as schema
 from core import console
-from core.errors import UsageError
 from deploy import exporter, proofs, refusals, release_refusals
 from deploy import release as releases
 from deploy.refusals import LANDLOCK_TCP
@@ -71,15 +70,6 @@ class Options:
     watch: float = 0
 
 
-def seconds(drain: str) -> float:
-    """Parse the seconds of --drain; raises UsageError."""
-    if not drain.isdecimal():
-        raise UsageError(
-            "usage", f"--drain {drain} is not a number of seconds", hint="give a number of seconds, such as --drain 300"
-        )
-    return float(drain)
-
-
 def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan:
     """The plan for a deploy."""
     selection, found = choose(target, facts, inputs)
@@ -118,7 +108,7 @@ def _database(facts: Facts, to: str) -> tuple[str, ...]:
     """What happens to ComfyUI's database on the way back to a release."""
     if not (at := facts.databases.get(to)) or facts.current == to:
         return ()
-    return (f"a newer ComfyUI has migrated the database: {to} gets the one of {at}; the newer one is kept",)
+    return (f"a newer ComfyUI has migrated the database: {to} gets the copy from {at}; the newer one is kept",)
 
 
 def _system(facts: Facts, inputs: Inputs) -> tuple[list[Refusal], list[str]]:
@@ -301,7 +291,7 @@ def _env_step(selection: Selection, why: str, *, repair: bool) -> Step:
         requirements=selection.requirements,
         kernels=tuple(wheel.file for wheel in selection.wheels),
         version=selection.python,
-        asking=tuple(selection.requesters),
+        requesters=tuple(selection.requesters),
         inside=selection.interpreter if selection.base_part else "",
     )
 

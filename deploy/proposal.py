@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from core.errors import ConfigError
 from deploy.host import Host
 from deploy.profile import profiles
+from deploy.release import OWN_FLAGS
 from deploy.survey import HIDDEN, port, settings
 from lock import application
 from lock.nodes import check_address
@@ -46,13 +47,6 @@ class Proposal:
     add: tuple[str, ...]
     left: tuple[tuple[str, str], ...]
 
-
-OWN_FLAGS = {
-    "--listen", "--port", "--base-directory", "--output-directory", "--input-directory", "--user-directory",
-    "--models-directory", "--temp-directory", "--database-url", "--extra-model-paths-config", "--auto-launch",
-    "--disable-auto-launch",
-}  # fmt: skip
-"""Flags that a release sets itself, or that the proposal expresses as host keys."""
 
 WHY = "as in the previous installation"
 
@@ -148,11 +142,8 @@ def _unfit(place: str) -> str:
     """The reason why hosts.toml cannot name a folder; empty if it can."""
     if re.match(r"/(home|root)\b", place):
         return "a system service cannot see home folders: move it elsewhere first"
-    return (
-        ""
-        if re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII)
-        else "hosts.toml does not accept this name: rename it first"
-    )
+    plain = re.fullmatch(r"(/[\w.@:+-]+)+", place, re.ASCII)
+    return "" if plain else "hosts.toml does not accept this name: rename it first"
 
 
 def _links(folder: Folder, found: Installation) -> list[tuple[str, str]]:
@@ -223,7 +214,7 @@ def _flags(
     own = {name: setting.value for name, setting in profiles()[profile].flags.items()}
     chosen: dict[str, str] = {}
     for name, value in given.items():
-        if name in OWN_FLAGS or own.get(name) == value:
+        if name in (*OWN_FLAGS, "--auto-launch") or own.get(name) == value:
             continue
         if HIDDEN in value:
             left.append(

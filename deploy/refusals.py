@@ -11,6 +11,8 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from packaging.version import InvalidVersion, Version
+
 from core import console
 from core.errors import RefusedError
 from deploy.host_rules import PLAIN_PATH
@@ -48,13 +50,21 @@ class Refusal:
     host: str = ""
 
 
+def older(version: str, floor: str) -> bool:
+    """Whether a host's version is below a minimum; false for one that is not reported."""
+    try:
+        return Version(version) < Version(floor)
+    except InvalidVersion:
+        return False
+
+
 def refused(what: str, refusals: Sequence[Refusal], host: str = "") -> RefusedError:
     """The error that shows refusals and carries them as data."""
     error = RefusedError(
         "refused",
         what,
-        cause="\n         ".join(each.what for each in refusals),
-        hint="\n         ".join(dict.fromkeys(each.remedy for each in refusals)),
+        cause="\n".join(each.what for each in refusals),
+        hint="\n".join(dict.fromkeys(each.remedy for each in refusals)),
     )
     error.refusals = tuple(replace(each, host=host) for each in refusals)
     return error
@@ -144,9 +154,9 @@ def undeployable(target: Target, facts: Facts) -> list[Refusal]:
         for name in host.secrets
         if name not in facts.secrets
     ]
-    if facts.user_fault:
+    if facts.user_problem:
         remedy = 'set `run_as` to a name of its own, such as "comfyui-service"'
-        found.append(Refusal("foreign-user", f"the user {host.run_as} {facts.user_fault}", remedy))
+        found.append(Refusal("foreign-user", f"the user {host.run_as} {facts.user_problem}", remedy))
     if not PLAIN_PATH.fullmatch(facts.prefix):
         what = f"{facts.prefix} has characters that units and command lines do not allow"
         found.append(Refusal("unusable-prefix", what, "set a `prefix` of letters, digits and . _ @ + -"))

@@ -224,14 +224,10 @@ def _environment(target: Target, data: str) -> dict[str, str]:
 # ComfyUI's flags for data folders.
 _DIRECTORY = {name: f"{name}-directory" for name in ("models", "input", "output", "user")}
 
-OWN_FLAGS = (
-    frozenset(
-        f"--{name}"
-        for name in ("base-directory", "temp-directory", "database-url", "disable-auto-launch", "listen", "port")
-    )
-    | {"--extra-model-paths-config"}
-    | {f"--{name}" for name in _DIRECTORY.values()}
-)
+OWN_FLAGS = {
+    *("--base-directory", "--temp-directory", "--database-url", "--disable-auto-launch", "--listen", "--port"),
+    *("--extra-model-paths-config", *(f"--{name}" for name in _DIRECTORY.values())),
+}
 """Flags that a release sets in addition to those of its profile, modes and host."""
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from core import console
 from core.stack import stacks
 from deploy import release as releases
-from deploy.refusals import Refusal
+from deploy.refusals import Refusal, older
 from lock import application as applications
 from lock import requirements
 from lock.requirements import MANAGER
@@ -53,11 +53,11 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
     if not facts.gpus:
         what = f"profile {target.profile_name} needs an NVIDIA GPU, and nvidia-smi shows none"
         return [Refusal("no-gpu", what, "install the driver, or choose profile cpu")]
-    if facts.driver and _older(facts.driver, stack.driver):
+    if facts.driver and older(facts.driver, stack.driver):
         what = f"the driver is {facts.driver}, but CUDA {stack.cuda} needs {stack.driver}"
-        fits = [each for each in stacks().values() if not _older(facts.driver, each.driver)]
-        older = [each.name for each in fits if facts.platform in each.platforms and each.runs(target.comfyui)]
-        remedy = f', or set stack = "{older[-1]}" in the host\'s override' if older else ""
+        fits = [each for each in stacks().values() if not older(facts.driver, each.driver)]
+        fitting = [each.name for each in fits if facts.platform in each.platforms and each.runs(target.comfyui)]
+        remedy = f', or set stack = "{fitting[-1]}" in the host\'s override' if fitting else ""
         found.append(Refusal("old-driver", what, f"update the driver{remedy}"))
     have = sorted({gpu.capability for gpu in facts.gpus})
     if profile.kernels and profile.arch not in have:
@@ -65,13 +65,6 @@ def gpu(target: Target, facts: Facts) -> list[Refusal]:
         remedy = f'set arch = "{have[0]}" in the host\'s override, or choose another profile'
         found.append(Refusal("other-gpu", what, remedy))
     return found
-
-
-def _older(version: str, floor: str) -> bool:
-    try:
-        return Version(version) < Version(floor)
-    except InvalidVersion:
-        return False
 
 
 def unfit_stack(target: Target) -> list[Refusal]:
@@ -90,9 +83,9 @@ def unfit_stack(target: Target) -> list[Refusal]:
 
 def uncovered(target: Target, inputs: Inputs, lock: LockedList) -> list[Refusal]:
     """The locked list lacks packages that ComfyUI requires: it belongs to another tree."""
-    app, asking = inputs.application, releases.requesters(target, inputs.nodes)
-    wanted = [*inputs.required, *([app.manager] if MANAGER in asking and app.manager else [])]
-    lacking = requirements.uncovered(lock, wanted, asking)
+    app, requesters = inputs.application, releases.requesters(target, inputs.nodes)
+    wanted = [*inputs.required, *([app.manager] if MANAGER in requesters and app.manager else [])]
+    lacking = requirements.uncovered(lock, wanted, requesters)
     if not lacking:
         return []
     each = ", ".join(f"{text} (it has {version or 'none'})" for text, version in lacking.items())
@@ -178,7 +171,7 @@ def old_libraries(wheel: Manifest, facts: Facts | Base) -> list[Refusal]:
     return [
         Refusal(kind, f"{wheel.file} needs {name} {needed}, the host has {there}", remedy)
         for kind, name, needed, there in libraries
-        if _older(there, needed)
+        if older(there, needed)
     ]
 
 

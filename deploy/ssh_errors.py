@@ -18,7 +18,7 @@ def unreachable(stderr: str, name: str, settings: Mapping[str, str], retry: str)
     `stderr` is ssh's stderr, `settings` are those of `ssh -G`, `retry` is the command that connects in a terminal.
     """
     user, host, port = (settings[key] for key in ("user", "hostname", "port"))
-    cause = "\n         ".join([line for line in stderr.splitlines() if line.strip("@ ")][-6:])
+    cause = "\n".join([line for line in stderr.splitlines() if line.strip("@ ")][-6:])
     # Our ssh reports only a closed connection: the rejected key is that of a jump host.
     jump = re.search("exchange_identification|UNKNOWN port", stderr)
     of = f"a jump host of {name}" if jump else f"{name} ({host})"

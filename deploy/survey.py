@@ -29,7 +29,7 @@ def only(survey: Survey, host: str) -> Installation:
     raise HostError(
         "no-installation",
         f"no ComfyUI was found on {host}",
-        cause="\n         ".join(["searched for main.py and comfy/ in:", *survey.looked]),
+        cause="\n".join(["searched for main.py and comfy/ in:", *survey.looked]),
         hint="name its folder with --path FOLDER",
     )
 
@@ -73,7 +73,7 @@ def without_secrets(found: Any, hidden: str = HIDDEN) -> Any:
 
 
 def settings(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with their values."""
+    """The flags of a command line with their values; the last one wins, as in ComfyUI."""
     found: dict[str, str] = {}
     name = ""
     for word in argv:

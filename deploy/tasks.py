@@ -17,7 +17,7 @@ from deploy.flags import Fleet, options
         "build": "build missing kernel wheels first, unless the deploy is refused for another reason",
         "bundle": "take everything from this file of `inv bundle` and nothing from the network; not with --build",
         "keep-going": "continue with the other hosts of a group if one fails",
-        "watch": "so long, such as 30m, compare users' jobs with those before; roll back when they get worse",
+        "watch": "for this long, such as 30m, compare users' jobs with those before; roll back if they get worse",
     }
 )
 def deploy(

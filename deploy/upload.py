@@ -71,7 +71,7 @@ class Upload:
         wheels = [schema.WheelFile(wheel.file, wheel.sha256) for wheel in kernels]
         if self.offline:
             lock = self.inputs.locks[self.facts.platform, step.version]
-            folder = requirements.download(lock, step.asking, platform)
+            folder = requirements.download(lock, step.requesters, platform)
             packages = [schema.WheelFile(each.name, self._blob(each)) for each in sorted(folder.glob("*.whl"))]
             if damaged := [each.file for each in packages if each.sha256 not in lock.text]:
                 what = f"{folder / damaged[0]} is damaged: its hash differs from the locked one"

@@ -33,7 +33,7 @@ CONFIGURATION = files.CHECKOUT / "docs/reference/configuration.md"
 HEAD = """\
 # Tasks
 
-<!-- Written by: python -m docs.generate. Change the docstrings and flags in */tasks.py, or core/errors.py. -->
+<!-- Written by: python -m docs.generate. Change the docstrings and flags in the tasks, or core/errors.py. -->
 
 `inv --list` lists all tasks, and `inv --help TASK` explains one. Results go to stdout, everything else to stderr. Tasks
 also read [environment variables](environment.md)."""

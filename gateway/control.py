@@ -17,8 +17,8 @@ from deploy.gateways import PERSON, members, on_its_machine, question, trial_por
 from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
-from deploy.refusals import Refusal
 from gateway.haproxy import Places, configuration
+from gateway.refusals import no_release, unservable, unserved
 from gateway.unit import USER, unit
 
 if TYPE_CHECKING:
@@ -106,40 +106,8 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
     )
     if gateway.certificate and found["given"]["renew"]:
         notes.append(f"{gateway.certificate} ends soon: {found['given']['until']}")
-    against = [*_against(target, facts, found), *_unserved(gateway, found)]
+    against = unservable(target, facts, found) + unserved(gateway, found)
     return Plan.of(facts, [step] if why else [], against, notes)
-
-
-def _unserved(gateway: Gateway, found: Mapping[str, Any]) -> list[Refusal]:
-    """Reasons for which browsers would not get the page."""
-    against, given = [], found["given"]
-    if holder := found["holder"]:
-        what = f"port {gateway.port} is in use by {holder['command']} (pid {holder['pid']})"
-        remedy = (
-            f"stop that program, such as by systemctl disable --now {holder['unit'] or 'UNIT'}, or set another `port`"
-        )
-        against.append(Refusal("port-taken", what, remedy))
-    if given and not given["until"]:
-        what = f"{gateway.certificate} on the host is no certificate"
-        against.append(
-            Refusal("certificate", what, "put the certificate, its chain and its key into that file, as PEM")
-        )
-    elif given and given["expired"]:
-        what = f"{gateway.certificate} expired: {given['until']}"
-        against.append(Refusal("certificate", what, "renew it"))
-    elif given and given["uncovered"]:
-        what = f"{gateway.certificate} is not for {', '.join(given['uncovered'])}"
-        against.append(Refusal("certificate", what, "get one for all `names`, or remove those names"))
-    return against
-
-
-def _against(target: Target, facts: Facts, found: Mapping[str, Any]) -> list[Refusal]:
-    against = refusals.unsettable(target, facts)
-    for path in found["missing"]:
-        package = {"haproxy": "haproxy", "nft": "nftables"}[path.rpartition("/")[2]]
-        remedy = f"on the host: apt-get install {package}{'; systemctl disable haproxy' * (package == 'haproxy')}"
-        against.append(Refusal("no-program", f"{path} is not installed on the host", remedy))
-    return against
 
 
 def deploy(name: str, options: Options) -> list[Outcome]:
@@ -161,11 +129,9 @@ def rollback(name: str, options: Options) -> list[Outcome]:
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
         found = agent.call("gateway", **question(gateway))
         before.update(before or found["previous"])
-        against = _against(target, facts, found)
+        against = unservable(target, facts, found)
         if not before:
-            what = f"gateway {name} has no previous release"
-            against.append(Refusal("no-release", what, "change config/hosts.toml, then inv gateway deploy"))
-            return Plan.of(facts, [], against)
+            return Plan.of(facts, [], [*against, no_release(name)])
         step = schema.Gateway(**{**before, "title": "serve the previous release", "why": "requested"})
         same = all(found[key] == value for key, value in step.gateway.items())
         return Plan.of(facts, [] if same else [step], against)

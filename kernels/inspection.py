@@ -68,7 +68,7 @@ def inspect_modules(wheel: Path, build: Build) -> tuple[ModuleReport, ...]:
         raise BuildError(
             "inspection",
             f"{wheel.name} differs from the request",
-            cause="\n         ".join(wrong),
+            cause="\n".join(wrong),
             hint="it was not admitted to the wheelhouse; check the recipe's flags, sources and libraries",
         )
     return reports

@@ -162,4 +162,4 @@ def _explain(graph: Graph, build: str, outputs: set[str], failed: dict[str, str]
     # The command line is long and not useful here; it is in the log.
     tail = [line for line in said.splitlines()[2:] if line.strip()][-12:]
     what = f"{name} could not be compiled{more}"
-    return BuildError("compile", what, cause="\n         ".join(tail), hint=f"read the complete log: {log(build)}")
+    return BuildError("compile", what, cause="\n".join(tail), hint=f"read the complete log: {log(build)}")

@@ -67,8 +67,8 @@ def keep(target: Target, facts: Facts, state: State, access: Access, options: Op
     if settings.settled(state, NAME):
         return Plan.of(facts, [], found)
     title = f"restrict the GPU to group {GROUP}: {', '.join(users(target))}"
-    around = settings.stopped(facts, options)
-    step = settings.apply_step(NAME, setting(target), title, undo="inv gpu-access --undo", around=around)
+    stops = settings.stopped(facts, options)
+    step = settings.apply_step(NAME, setting(target), title, undo="inv gpu-access --undo", stops=stops)
     notes = [
         "all others lose access to the GPU: logins, the desktop and containers",
         f"users who are logged in get the group at their next login: {', '.join(users(target)[1:]) or 'none'}",
@@ -82,8 +82,8 @@ def give_back(target: Target, facts: Facts, state: State, options: Options) -> P
     """The plan that restores the previous access."""
     if NAME not in state.applied:
         return Plan.of(facts, [], [])
-    title = f"remove the restriction:  group {GROUP}, the driver's option and the udev rule"
-    step = settings.undo_step(NAME, title, force=options.force, around=settings.stopped(facts, options))
+    title = f"remove the restriction: group {GROUP}, the driver's option and the udev rule"
+    step = settings.undo_step(NAME, title, force=options.force, stops=settings.stopped(facts, options))
     return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
 

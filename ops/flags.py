@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import console
 from deploy.release import OWN_FLAGS
+from deploy.survey import settings
 from lock import application as applications
 from ops import fleet
 
@@ -70,7 +71,7 @@ def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
             groups.setdefault(flag.group, []).append(name)
     configured = target.flags
     argv = release["argv"][release["argv"].index(f"{release['code']}/main.py") + 1 :] if release else ()
-    deployed = given(argv) if release else configured
+    deployed = settings(argv) if release else configured
 
     def line(name: str, flag: applications.Flag) -> Line:
         others = tuple(each for each in groups.get(flag.group, ()) if each != name)
@@ -89,19 +90,6 @@ def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
             if own.get(name) != configured.get(name)
         ),
     )
-
-
-def given(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line with their values; the last one wins, as in ComfyUI."""
-    found: dict[str, str] = {}
-    name = ""
-    for word in argv:
-        if word.startswith("--"):
-            name = word
-            found[name] = ""
-        else:
-            found[name] = f"{found[name]} {word}".strip()
-    return found
 
 
 def _takes(flag: applications.Flag) -> str:
@@ -135,9 +123,7 @@ def rows(seen: Iterable[Flags]) -> Iterator[str]:
             yield from textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
         for each in found.differences:
             there, here = ("not set" if it is None else it or "set" for it in (each.deployed, each.configured))
-            yield from (
-                "",
-                f"configuration differs: {each.name} is {there} in the release, {here} in the configuration",
-            )
+            yield ""
+            yield f"configuration differs: {each.name} is {there} in the release, {here} in the configuration"
         if found.differences:
             yield f"to apply it: inv deploy --host {found.host}"

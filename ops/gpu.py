@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shlex
 import threading
 import time
@@ -18,6 +17,7 @@ from agent.schema.live import GpuState, Sample
 from core import console
 from core.console import counted
 from core.errors import ConnectError, HearthError, HostError, UsageError
+from core.flags import number
 from deploy import connection
 from deploy.look import find_target
 from ops import fleet
@@ -50,17 +50,6 @@ def check(names: Sequence[str], *, watch: str | bool, record: str, seconds: str,
 def look(names: Sequence[str], *, ask_sudo: bool) -> list[fleet.Answer[Sample]]:
     """One sample of each host."""
     return fleet.ask_each(names, lambda agent, _: next(_samples(agent, 1, 0)), ask_sudo=ask_sudo)
-
-
-def number(flag: str, text: str, least: float = 0.1) -> float:
-    """Parse a flag in seconds; raises UsageError."""
-    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) < least:
-        raise UsageError(
-            "usage",
-            f"--{flag} must be at least {least:g} seconds (got {text!r})",
-            hint=f"use a number such as --{flag} 10",
-        )
-    return float(text)
 
 
 def _samples(agent: Agent, every: float, seconds: float | None) -> Iterator[Sample]:
@@ -129,7 +118,7 @@ def watch(names: Sequence[str], seconds: str | bool, *, ask_sudo: bool) -> None:
 
     Raises UsageError.
     """
-    every = number("watch", "1" if seconds is True else str(seconds))
+    every = number("watch", "1" if seconds is True else str(seconds), 0.1)
     latest: dict[str, Sample] = {}
     came: dict[str, float] = {}
     failed: dict[str, HearthError] = {}
@@ -178,7 +167,7 @@ def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bo
         with place.open("x") as file, connection.connect(find_target(name), ask_sudo) as agent:
             console.say(f"recording {name} for {console.clock(seconds)} to {place}; Ctrl-C ends it, and keeps it")
             for sample in _samples(agent, every, seconds):
-                file.write(json.dumps({"host": name, **_plain(sample)}) + "\n")
+                file.write(json.dumps({"host": name, **msgspec.to_builtins(sample)}) + "\n")
                 file.flush()
                 count += 1
     except FileExistsError:
@@ -194,12 +183,6 @@ def record(name: str, place: Path, seconds: float, every: float, *, ask_sudo: bo
         _recorded(place, count, 0)
         raise
     return _recorded(place, count, 0)
-
-
-def _plain(sample: Sample) -> dict[str, Any]:
-    found = msgspec.to_builtins(sample)
-    assert isinstance(found, dict)
-    return found
 
 
 def _recorded(place: Path, count: int, code: int) -> int:

@@ -10,7 +10,7 @@ import msgspec
 
 from agent.schema.live import Job
 from core import console
-from core.errors import UsageError
+from core.flags import number
 from ops import fleet
 
 if TYPE_CHECKING:
@@ -24,13 +24,10 @@ WIDTH = 100
 
 def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.Answer[list[Job]]]:
     """The last `count` finished jobs of each host, and all running and waiting ones; raises UsageError."""
-    if not (count.isdecimal() and int(count)):
-        raise UsageError(
-            "usage", f"--number must be a positive integer (got {count!r})", hint="use a number such as --number 50"
-        )
+    most = int(number("number", count, 1, whole=True))
 
     def one(agent: Agent, _: Target) -> list[Job]:
-        return msgspec.convert(agent.call("jobs", count=int(count)), list[Job])
+        return msgspec.convert(agent.call("jobs", count=most), list[Job])
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from core import console
 from core.errors import HearthError, UsageError
+from core.flags import number
 from deploy import connection
 from deploy.look import find_target
 
@@ -22,14 +23,12 @@ LINES = 100
 
 def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
     """The request to the agent; `lines` is None for all. Raises UsageError."""
-    if lines and not lines.isdecimal():
-        raise UsageError("usage", f"--lines must be a number (got {lines!r})", hint="use a number such as --lines 500")
     try:
         re.compile(grep)
     except re.error as error:
         hint = "use Python's syntax; put a backslash before ( [ . * + ? to match them literally"
         raise UsageError("usage", f"--grep {grep} is not a regular expression", cause=str(error), hint=hint) from None
-    count = int(lines) if lines else None if since else LINES
+    count = int(number("lines", lines, whole=True)) if lines else None if since else LINES
     return {"lines": count, "since": since, "grep": grep, "follow": follow}
 
 

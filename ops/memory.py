@@ -10,12 +10,12 @@ from agent.schema.change import DropCaches
 from agent.schema.live import Freed
 from core import console
 from core.errors import HearthError
+from core.flags import number
 from deploy import connection, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
 from deploy.plan import Plan
 from ops import fleet
-from ops.gpu import number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fle
 
     Waits up to `wait` seconds for a running job; ComfyUI then frees the memory when the job ends. Raises UsageError.
     """
-    patience = number("wait", wait, 0)
+    patience = number("wait", wait)
 
     def one(name: str) -> fleet.Answer[Freed]:
         try:

@@ -12,6 +12,7 @@ from agent.schema.live import Mps
 from core import files
 from core.console import counted
 from core.errors import UsageError
+from core.flags import number
 from deploy import refusals
 from deploy.change import Change, change_each
 from deploy.plan import Plan
@@ -36,12 +37,8 @@ PERCENT, MEMORY = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "CUDA_MPS_PINNED_DEVICE_M
 
 def limits(percent: str, memory: str) -> dict[str, str]:
     """The limits of --percent and --memory; raises UsageError."""
-    if percent and not (percent.isdecimal() and 1 <= int(percent) <= 100):
-        raise UsageError(
-            "usage",
-            f"--percent {percent} is not a percentage",
-            hint="give 1 to 100, the percentage of a GPU's threads for a process",
-        )
+    if percent:
+        number("percent", percent, 1, 100, whole=True)
     if memory and not re.fullmatch(r"\d+=\d+[MG](,\d+=\d+[MG])*", memory):
         raise UsageError(
             "usage",
@@ -91,7 +88,7 @@ def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mappi
         f"run {target.host.service} under MPS ({shown})",
         undo="inv mps off",
         why="requested" if not mps.on else f"it is {mps.state or 'off'}, or has other limits",
-        around=settings.stopped(facts, options),
+        stops=settings.stopped(facts, options),
     )
     notes = [
         f"MPS is not verified on {gpu.name}: inv mps status --host {target.name} shows whether it works"
@@ -113,7 +110,7 @@ def turn_off(target: Target, facts: Facts, mps: Mps, options: Options) -> Plan:
     if not mps.on:
         return Plan.of(facts, [], [])
     title = f"stop MPS, remove its unit, and run {target.host.service} without it"
-    step = settings.undo_step("mps", title, force=options.force, around=settings.stopped(facts, options))
+    step = settings.undo_step("mps", title, force=options.force, stops=settings.stopped(facts, options))
     return Plan.of(facts, [step], refusals.unsettable(target, facts))
 
 

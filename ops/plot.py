@@ -105,7 +105,9 @@ def figure(samples: Sequence[Recorded]) -> Figure:
             each.axvspan(start - begin, end - begin, facecolor="#eee", edgecolor="#bbb", gid="job")
     for start, _, job in jobs(samples):
         top = axes[0].get_xaxis_transform()
-        axes[0].text(start - begin, 1.01, _clean(job[:8]), transform=top, va="bottom", size="x-small", color="#777")
+        axes[0].text(
+            start - begin, 1.01, console.line(job[:8]), transform=top, va="bottom", size="x-small", color="#777"
+        )
     axes[-1].set_xlabel("seconds")
     axes[-1].set_xlim(0, max(samples[-1].time - begin, 1))
     if names:
@@ -140,11 +142,6 @@ def _draw(panel: Panel, axes: Axes, samples: Sequence[Recorded], names: dict[int
             times,
             line,
             color=drawing.COLORS[index % len(drawing.COLORS)],
-            label=_clean(f"GPU {index}: {name}"),
+            label=console.line(f"GPU {index}: {name}"),
             gid=f"gpu{index}",
         )
-
-
-def _clean(text: str) -> str:
-    """Text of a host, without control characters, which an SVG must not contain."""
-    return console.line(text)

@@ -20,18 +20,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Around:
-    """Whether ComfyUI is stopped before a step and started after it, and how."""
-
-    serves: bool = False
-    drain: float = 0
-    force: bool = False
-
-
-NOTHING = Around()
-
-
-@dataclass(frozen=True)
 class Setting:
     """Drop-in files by path, and members that groups get; `agent/change/settings.py` says what the files change."""
 
@@ -50,18 +38,24 @@ def look(agent: Agent, wanted: Mapping[str, Setting]) -> State:
 
 
 def apply_step(
-    name: str, setting: Setting, title: str, *, undo: str, why: str = "requested", around: Around = NOTHING
+    name: str, setting: Setting, title: str, *, undo: str, why: str = "requested", stops: Options | None = None
 ) -> Step:
-    """The step that applies a setting."""
-    return Set(title, why, undo, name, setting.files, setting.groups, around.serves, around.drain, around.force)
+    """The step that applies a setting; `stops` is as in `undo_step`."""
+    return Set(title, why, undo, *_stopping(stops), name, setting.files, setting.groups)
 
 
-def undo_step(name: str, title: str, *, force: bool, around: Around = NOTHING) -> Step:
-    """The step that undoes a setting; with `force` it also overwrites later changes by others."""
-    undo = "run the same command without --undo"
-    return Unset(title, "requested", undo, (name,), force, around.serves, around.drain, around.force)
+def undo_step(name: str, title: str, *, force: bool, stops: Options | None = None) -> Step:
+    """The step that undoes a setting; with `force` it also overwrites later changes by others.
+
+    With `stops`, ComfyUI is stopped before it and started afterwards.
+    """
+    return Unset(title, "requested", "run the same command without --undo", *_stopping(stops), (name,), force)
 
 
-def stopped(facts: Facts, options: Options) -> Around:
-    """Stop ComfyUI before a step and start it afterwards, if it runs: it reads the setting at start."""
-    return Around(True, options.drain, options.force) if facts.service.active else NOTHING
+def _stopping(stops: Options | None) -> tuple[float, bool, bool]:
+    return (stops.drain, stops.force, True) if stops else (0, False, False)
+
+
+def stopped(facts: Facts, options: Options) -> Options | None:
+    """The options for stopping ComfyUI if it runs: it reads the setting at its start."""
+    return options if facts.service.active else None

@@ -6,7 +6,6 @@ that are not deployed yet.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import msgspec
 from agent.schema.live import Disk, Glance
 from core import console
 from core.console import counted
-from core.errors import UsageError
+from core.flags import number
 from deploy import plan
 from deploy.inputs import gather
 from deploy.look import questions
@@ -117,12 +116,8 @@ def judge(target: Target, facts: Facts, live: Live, planned: plan.Plan) -> Statu
 
 def watch(names: Sequence[str], every: str | bool, *, ask_sudo: bool = False) -> None:
     """Show the status repeatedly until Ctrl-C; raises UsageError."""
-    seconds = "2" if every is True else str(every)
-    if not re.fullmatch(r"\d+(\.\d+)?", seconds) or float(seconds) < 0.5:
-        raise UsageError(
-            "usage", f"--watch must be at least 0.5 seconds (got {every!r})", hint="--watch alone means 2 seconds"
-        )
-    console.refreshed(lambda: rows(look(names, ask_sudo=ask_sudo)), float(seconds))
+    seconds = number("watch", "2" if every is True else str(every), 0.5)
+    console.refreshed(lambda: rows(look(names, ask_sudo=ask_sudo)), seconds)
 
 
 def code(answers: Sequence[fleet.Answer[Status]]) -> int:

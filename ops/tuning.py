@@ -249,7 +249,7 @@ def show(answers: Sequence[fleet.Answer[list[Row]]], *, as_json: bool) -> int:
 def lines(name: str, rows: list[Row]) -> list[str]:
     """A host's settings: a table, then the purpose of each."""
     table = [(each.name, "Hearth" if each.on else "-", each.now, each.becomes, each.unfit or "yes") for each in rows]
-    found = [f"{name}:", *console.table(("setting", "set by", "now", "would be", "makes sense"), table), ""]
+    found = [f"{name}:", *console.table(("setting", "set by", "now", "would be", "applies"), table), ""]
     for each in rows:
         for label, text in ((each.name, each.what), ("expected", each.expect), ("cost", each.cost)):
             found += _wrapped(label, text)

@@ -29,7 +29,7 @@ BUILD_BYTES = 15_000_000_000
 
 PROGRAMS = {
     "git": {"linux": "apt-get install git", "darwin": "xcode-select --install"},
-    "uv": {"linux": "pip install uv", "darwin": "brew install uv"},
+    "uv": {"linux": "pipx install uv", "darwin": "brew install uv"},
     "ssh": {"linux": "apt-get install openssh-client", "darwin": "brew install openssh"},
 }
 """The programs that a deploy runs, and how to install each."""

@@ -143,9 +143,7 @@ class Cutover:
 
     def prepare(self) -> None:
         """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
-        if missing := self.layout.unmounted():
-            what = f"{' and '.join(missing)} was unmounted after the plan was made"
-            raise AgentError("step", what, "", "mount it there, then run the same command again")
+        self.layout.check_mounted()
         status = self.manager.status()
         self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
         self.record.setdefault("older", self.older_database())
@@ -177,7 +175,7 @@ class Cutover:
             return ""
         for name, at in sorted(databases(self.layout).items(), key=lambda each: each[1], reverse=True):
             if as_service(self.layout, revision, self.layout.databases / name) in known:
-                self.note(f"release {to} cannot open ComfyUI's database ({now}); it gets the one of {at}")
+                self.note(f"release {to} cannot open ComfyUI's database ({now}); it gets the copy from {at}")
                 return name
         what = f"release {to} cannot open ComfyUI's database, which a newer ComfyUI has migrated to {now}"
         path = self.layout.database

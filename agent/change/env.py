@@ -132,7 +132,7 @@ def _install(layout: Layout, step: Env, place: Path, wheels: Path, environment: 
 
 
 def use_interpreter(place: Path, python: Path) -> None:
-    """Give an environment the interpreter that a container has, in place of the one that made it."""
+    """Replace an environment's interpreter by the container's."""
     link(place / "bin/python", python)
     config = place / "pyvenv.cfg"
     write(config, re.sub(r"^home = .*", f"home = {python.parent}", config.read_text(), flags=re.MULTILINE))

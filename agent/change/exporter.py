@@ -32,7 +32,9 @@ def exporter(layout: Layout, step: Exporter, note: Note) -> None:
         if step.exporter:
             _await_answer(step.exporter["settings"]["port"])
     except (AgentError, OSError) as error:
-        log = _log(layout)
+        log: list[str] = []
+        with suppress(AgentError):
+            log = Systemd(layout).log_of(Systemd(layout).exporter_unit)
         what = f"the new metrics exporter does not run{_restore(layout, before or {})}"
         discard(record)
         cause = error.report["what"] if isinstance(error, AgentError) else str(error)
@@ -95,11 +97,3 @@ def _await_answer(port: int) -> None:
             asked.close()
         time.sleep(0.2)
     raise AgentError("step", f"127.0.0.1:{port} does not answer a scrape within {SECONDS} s: {why}")
-
-
-def _log(layout: Layout) -> list[str]:
-    who = "--user-unit" if layout.scope == "user" else "--unit"
-    words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", who, Systemd(layout).exporter_unit]
-    with suppress(AgentError):
-        return run(words).splitlines()
-    return []

@@ -41,7 +41,9 @@ def gateway(layout: Layout, step: Gateway, note: Note) -> None:
         put(layout, step.gateway)
         _await_answer(step.address, step.port)
     except (AgentError, OSError) as error:
-        log = _log(layout)
+        log: list[str] = []
+        with suppress(AgentError):
+            log = Systemd(layout).log_of(gateway_unit(layout))
         put(layout, before or {})
         discard(record)
         cause = error.report["cause"] or error.report["what"] if isinstance(error, AgentError) else str(error)
@@ -142,10 +144,3 @@ def _prune(layout: Layout) -> None:
     for path in (current(layout).parent / "releases").glob("*"):
         if path.resolve() not in kept:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _log(layout: Layout) -> list[str]:
-    words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", f"--unit={gateway_unit(layout)}"]
-    with suppress(AgentError):
-        return run(words).splitlines()
-    return []

@@ -28,10 +28,8 @@ from agent.schema.change import (
     Forget,
     ForgetMounts,
     Restart,
-    Set,
     Start,
     Stop,
-    Unset,
     Withdraw,
 )
 from agent.serve.health import drain, first_answer
@@ -117,9 +115,7 @@ def _confined(pid: int) -> bool:
 def start(layout: Layout, step: Start, note: Note) -> None:
     """Start ComfyUI and wait until it responds; with `resume`, also enable it at boot. Raises AgentError."""
     manager = manager_of(layout)
-    if missing := layout.unmounted():  # systemd would wait for it without a limit
-        what = f"{' and '.join(missing)} was unmounted after the plan was made"
-        raise AgentError("step", what, "", "mount it there, then run the same command again")
+    layout.check_mounted()
     if step.resume:
         manager.enable()
         discard(layout.paused)
@@ -134,7 +130,7 @@ def restart(layout: Layout, step: Restart, note: Note) -> None:
     await_answer(layout, manager, note)
 
 
-def await_jobs(layout: Layout, manager: Manager, step: Ending | Set | Unset, note: Note) -> None:
+def await_jobs(layout: Layout, manager: Manager, step: Ending, note: Note) -> None:
     """Wait until ComfyUI has no jobs, with the step's `drain` seconds and `force`. Raises AgentError on a timeout."""
     if manager.status().active:  # else another ComfyUI holds the port
         drain(endpoint(layout), step.drain, step.force, note)

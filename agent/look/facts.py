@@ -105,7 +105,7 @@ def _people(layout: Layout) -> Json:
         "root": os.geteuid() == 0,
         "user": user_exists(layout.user),
         "exporter_user": user_exists(layout.exporter),
-        "user_fault": account_problem(layout),
+        "user_problem": account_problem(layout),
         "members": group_members(layout),
         "rights": member_rights(layout),
         # An unreadable file counts as empty: no signers.
@@ -167,8 +167,8 @@ takes milliseconds; a disk that spins up or an automount takes up to ten seconds
 def check_folders_respond(layout: Layout, ask: Json, seconds: float) -> None:
     """Raise AgentError if a folder does not respond in time: stat() on a mount whose server is down blocks."""
     inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
-    places = sorted({*ask["mounts"], *ask["places"], *inside})
-    children = {place: subprocess.Popen(["stat", "-f", place], stdout=-3, stderr=-3) for place in places}
+    places, nowhere = sorted({*ask["mounts"], *ask["places"], *inside}), subprocess.DEVNULL
+    children = {place: subprocess.Popen(["stat", "-f", place], stdout=nowhere, stderr=nowhere) for place in places}
     end = time.monotonic() + seconds
     dead: list[str] = []
     for place, child in children.items():

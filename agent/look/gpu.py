@@ -152,16 +152,7 @@ class _Device:
 
 
 def gpus() -> list[Json]:
-    """Return the current state of the NVIDIA GPUs, one object each; empty without a driver.
-
-    `index`, `name`, `uuid`, `capability` ("8.9"), `driver`, `cuda` (the newest that the driver supports: "13.0"),
-    `memory_total` and `memory_used` in bytes, from `memory_source`: "nvml", or "meminfo" where the GPU shares the
-    machine's (`unified`); `utilization` and `memory_utilization` in percent, `temperature` in degrees Celsius, `power`
-    and `power_limit` in watts, `clock_sm` and `clock_memory` in MHz, `persistence`, `compute_mode` ("default",
-    "prohibited", "exclusive process"), `processes` (see `process`; each with its `bytes` and the `kind` of its work,
-    "compute", "graphics" or "mps"). A value that is not reported is None: `unsupported` names those that this GPU does
-    not have, `errors` has a line for each query that failed or returned an impossible value.
-    """
+    """Return the current state of the NVIDIA GPUs, each the fields of `GpuState`; empty without a driver."""
     try:
         with Nvml() as nvml:
             return nvml.gpus()

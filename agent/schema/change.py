@@ -156,7 +156,7 @@ class Env(Step):
     requirements: str  # the locked list, with hashes
     kernels: tuple[str, ...]  # file names of kernel wheels
     version: str  # Python's minor version
-    asking: tuple[str, ...]  # requesters of packages
+    requesters: tuple[str, ...]  # requesters of packages
     tool: str = ""  # version of uv; set, like the following fields, when packed
     wheels: tuple[WheelFile, ...] = ()
     offline: bool = False  # all packages are among the wheels
@@ -173,7 +173,7 @@ class Release(Step):
 
 @dataclass(frozen=True)
 class Ending(Step):
-    """A step that stops ComfyUI."""
+    """A step that may stop ComfyUI."""
 
     drain: float  # seconds to wait for its jobs
     force: bool  # do not wait for jobs, interrupt them
@@ -267,28 +267,29 @@ class Unadopt(Step):
 
 
 @dataclass(frozen=True)
-class Set(Step):
+class Setting(Ending):
+    """A change of settings outside the prefix."""
+
+    serves: bool  # ComfyUI is stopped before and started afterwards
+
+
+@dataclass(frozen=True)
+class Set(Setting):
     """Change a setting outside the prefix."""
 
     kind = "set"
     setting: str
     files: dict[str, str]  # drop-in files: path and text
     groups: dict[str, tuple[str, ...]]  # members that a group gets
-    serves: bool = False  # ComfyUI is stopped before and started afterwards
-    drain: float = 0
-    force: bool = False
 
 
 @dataclass(frozen=True)
-class Unset(Step):
+class Unset(Setting):
     """Undo settings outside the prefix."""
 
     kind = "unset"
     settings: tuple[str, ...]
     overwrite: bool  # also undo places edited since
-    serves: bool = False  # ComfyUI is stopped before and started afterwards
-    drain: float = 0
-    force: bool = False
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class Facts:
     tools: tuple[str, ...]  # installed versions of uv
     busy: Busy  # empty: no run in progress
     last: Ended  # the last run of any kind; empty: none
-    user_fault: str = ""  # why the service must not run as its existing user
+    user_problem: str = ""  # why the service must not run as its existing user
     unused: tuple[str, ...] = ()  # entries of data/custom_nodes, from which nothing is loaded
     landlock: int = 0  # the kernel's Landlock version; 0: none
     secrets: dict[str, str] = field(default_factory=dict)  # how each is stored: "encrypted" or "plain"

@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import AgentError, Json, append, read, write
-from agent.journal import now
+from agent.files import AgentError, Json, read, write
+from agent.journal import note_change, now
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import run
-from agent.requester import asker
 from agent.serve.systemd import Systemd
 
 GROUP = "hearth-gateway"
@@ -65,9 +64,7 @@ def gateway(layout: Layout, request: Json) -> Json:
             raise AgentError("usage", f"a gateway has no action {action!r}")
         keep(folder, known)
     _reload(layout)
-    line = {"at": now(), "result": "done", "run": "", "action": f"gateway {action} {person}", "release": "", "base": ""}
-    with suppress(OSError):
-        append(layout.history, {**line, "error": "", **asker(request["who"])})
+    note_change(layout, f"gateway {action} {person}", request["who"])
     return result
 
 

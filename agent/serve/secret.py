@@ -8,10 +8,9 @@ import shutil
 import subprocess
 from contextlib import suppress
 
-from agent.files import AgentError, Json, append, write
-from agent.journal import now
+from agent.files import AgentError, Json, write
+from agent.journal import note_change
 from agent.layout import Layout
-from agent.requester import asker
 
 ENCRYPTED = ".cred"
 """File suffix of encrypted secrets."""
@@ -47,10 +46,7 @@ def keep(layout: Layout, request: Json) -> Json:
         if how != kept:
             path.unlink(missing_ok=True)
     action = f"{'remove' if value is None else 'set'} secret {name}"
-    line = {"at": now(), "result": "done", "run": "", "action": action, "release": "", "base": "", "error": ""}
-    with suppress(OSError):
-        layout.state.mkdir(exist_ok=True)
-        append(layout.history, {**line, **asker(request["who"])})
+    note_change(layout, action, request["who"])
     return {"kept": how}
 
 

@@ -242,9 +242,13 @@ class Systemd:
         """Return the state of the apply unit and its last log lines. Raises AgentError."""
         fields = "ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,NRestarts,Job"
         shown = run([*self.ctl, "show", self.apply_unit, f"--property={fields}"]).split()
+        return [" ".join(shown), *self.log_of(self.apply_unit)]
+
+    def log_of(self, unit: str) -> list[str]:
+        """Return the last log lines of another unit. Raises AgentError."""
         who = "--user-unit" if self.layout.scope == "user" else "--unit"
-        words = ["--no-pager", "--quiet", "--output=cat", "--lines=12", who, self.apply_unit]
-        return [" ".join(shown), *run(["journalctl", *words]).splitlines()]
+        words = ["journalctl", "--no-pager", "--quiet", "--output=cat", "--lines=12", who, unit]
+        return run(words).splitlines()
 
     def remove_apply_unit(self) -> None:
         """Remove the apply unit. A run in progress continues, but is not restarted if it is killed."""

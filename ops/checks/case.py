@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.inputs import Inputs
     from deploy.plan import Plan
+    from deploy.refusals import Refusal
     from ops.status import Problem
+
+    Found = Iterator[Problem | Refusal]
 
 Severity = Literal["error", "warning"]
 
@@ -60,4 +63,4 @@ class Check:
     detected_by: str
     fix: str
     severity: Severity = "error"
-    find: Callable[[Case], Iterator[Problem]] = field(compare=False)
+    find: Callable[[Case], Found] = field(compare=False)

@@ -9,13 +9,13 @@ from ops.checks.case import Case, Check
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 LEAST = 0.05
 """The journal's disk is nearly full if less than this share is free: journald then deletes the oldest lines."""
 
 
-def _service(case: Case) -> Iterator[Problem]:
+def _service(case: Case) -> Found:
     found = case.gateway
     if not found:
         return
@@ -31,14 +31,13 @@ def _service(case: Case) -> Iterator[Problem]:
         yield Problem(f"every login on the host reaches ComfyUI around gateway {name}: its firewall is gone", deploy)
     for each in found["servers"]:
         if each["state"] in ("DRAIN", "MAINT"):
-            yield Problem(
-                f"gateway {name} sends nobody to {each['name']}: it is being changed, or was set so by hand", deploy
-            )
+            what = f"gateway {name} sends no requests to {each['name']}: it is being changed, or was taken out by hand"
+            yield Problem(what, deploy)
         elif each["state"] != "UP":
             yield Problem(f"gateway {name} does not reach {each['name']}", f"inv doctor --host {each['name']}")
 
 
-def _port(case: Case) -> Iterator[Problem]:
+def _port(case: Case) -> Found:
     if holder := case.gateway.get("holder"):
         yield Problem(
             f"the port of gateway {case.gateway['name']} is in use by {holder['command']} (pid {holder['pid']})",
@@ -46,7 +45,7 @@ def _port(case: Case) -> Iterator[Problem]:
         )
 
 
-def _certificate(case: Case) -> Iterator[Problem]:
+def _certificate(case: Case) -> Found:
     found = case.gateway
     if not found or not (until := found["certificate"]["until"]):
         return
@@ -59,7 +58,7 @@ def _certificate(case: Case) -> Iterator[Problem]:
         yield Problem(f"the certificate of gateway {found['name']} is not for {', '.join(names)}", remedy)
 
 
-def _audit(case: Case) -> Iterator[Problem]:
+def _audit(case: Case) -> Found:
     journal = case.gateway.get("journal")
     if journal and not journal["persistent"]:
         what = "the audit log is lost when the host restarts: the journal is in memory"
@@ -94,7 +93,7 @@ CHECKS = (
     ),
     Check(
         name="audit-log",
-        question="Does the audit log outlast restarts, and has its disk room?",
+        question="Does the audit log survive restarts, and does its disk have free space?",
         detected_by="/var/log/journal and its file system",
         fix="make /var/log/journal, or free some space there",
         severity="warning",

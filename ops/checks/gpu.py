@@ -12,16 +12,15 @@ from ops.mps import problems as mps_problems
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 
-def _driver(case: Case) -> Iterator[Problem]:
+def _driver(case: Case) -> Found:
     if case.target.profile.cuda:
-        for refusal in release_refusals.gpu(case.target, case.facts):
-            yield Problem(refusal.what, refusal.remedy)
+        yield from release_refusals.gpu(case.target, case.facts)
 
 
-def _cuda(case: Case) -> Iterator[Problem]:
+def _cuda(case: Case) -> Found:
     if not (case.target.profile.cuda and case.facts.current):
         return
     comfyui, torch = case.live.comfyui, case.probe.torch
@@ -33,7 +32,7 @@ def _cuda(case: Case) -> Iterator[Problem]:
         yield Problem(f"torch cannot use CUDA: {reason}", f"inv gpu-access {case.at}")
 
 
-def _shared(case: Case) -> Iterator[Problem]:
+def _shared(case: Case) -> Found:
     on_purpose = "shared-gpu" in case.target.host.modes or case.probe.mps.on
     for gpu in case.live.gpus:
         if not on_purpose and (who := plan.others(gpu.processes)):
@@ -45,12 +44,12 @@ def _shared(case: Case) -> Iterator[Problem]:
             yield Problem(f"GPU {gpu.index} does not report everything: {gpu.errors[0]}", "on the host: nvidia-smi -q")
 
 
-def _mps(case: Case) -> Iterator[Problem]:
+def _mps(case: Case) -> Found:
     on_gpu = case.live.comfyui.state == "answers" and any(each.type == "cuda" for each in case.live.comfyui.devices)
     yield from mps_problems(case.probe.mps, case.at, cuda=on_gpu)
 
 
-def _kernels(case: Case) -> Iterator[Problem]:
+def _kernels(case: Case) -> Found:
     have = {gpu.capability for gpu in case.facts.gpus}
     for name, wheel in case.release.get("wheels", {}).items():
         if have and have.isdisjoint(capabilities(wheel["arch"])):
@@ -59,12 +58,11 @@ def _kernels(case: Case) -> Iterator[Problem]:
                 f"{name} was built for {wheel['arch']}, but the GPU is {listed}",
                 f"inv build-kernels --kernel {name} --arch '{';'.join(sorted(have))}'; inv deploy {case.at}",
             )
-    for refusal in case.planned.refusals:
-        if refusal.kind in ("no-wheel", "old-glibc", "old-libstdcxx"):
-            yield Problem(refusal.what, refusal.remedy)
+    old = ("no-wheel", "old-glibc", "old-libstdcxx")
+    yield from (refusal for refusal in case.planned.refusals if refusal.kind in old)
 
 
-def _faults(case: Case) -> Iterator[Problem]:
+def _faults(case: Case) -> Found:
     if lines := [line for line in case.probe.kernel.lines if "Xid" in line]:
         yield Problem(
             f"the GPU driver reported {counted(len(lines), 'error')}, the last: {lines[-1].strip()[:140]}",

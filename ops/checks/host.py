@@ -5,15 +5,13 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from packaging.version import InvalidVersion, Version
-
 from core import console
 from deploy import container_refusals, refusals, release_refusals
 from ops.checks.case import Case, Check
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 LEAST = 0.05
 """A disk is nearly full if less than this share is free."""
@@ -22,18 +20,17 @@ TOOLKIT = "1.18"
 """CVE-2025-23266 is in NVIDIA's container toolkit below 1.17.8; 1.18 adds the unit that describes the GPU at boot."""
 
 
-def _storage(case: Case) -> Iterator[Problem]:
-    for refusal in refusals.storage(case.target, case.facts):
-        yield Problem(refusal.what, refusal.remedy)
+def _storage(case: Case) -> Found:
+    yield from refusals.storage(case.target, case.facts)
 
 
-def _access(case: Case) -> Iterator[Problem]:
+def _access(case: Case) -> Found:
     who = case.target.host.run_as if case.target.host.scope == "system" else case.facts.login
     for path, what in case.probe.access.items():
         yield Problem(f"{who} cannot {what} {path}", f"on the host: chown -R {shlex.quote(who)}: {shlex.quote(path)}")
 
 
-def _disk(case: Case) -> Iterator[Problem]:
+def _disk(case: Case) -> Found:
     for path, disk in case.live.disks.items():
         if disk.error:
             yield Problem(f"{path} cannot be read: {disk.error}", f"on the host: ls -ld {shlex.quote(path)}")
@@ -52,7 +49,7 @@ def _disk(case: Case) -> Iterator[Problem]:
             yield Problem(f"too little space for a new environment: {refusal.what}", refusal.remedy)
 
 
-def _clock(case: Case) -> Iterator[Problem]:
+def _clock(case: Case) -> Found:
     off = case.live.time - case.now
     if abs(off) > 60:  # certificates and journals would be affected; an answer takes only seconds
         ahead = "ahead of" if off > 0 else "behind"
@@ -63,7 +60,7 @@ def _clock(case: Case) -> Iterator[Problem]:
         yield Problem("no time service synchronises its clock", "on the host: timedatectl set-ntp true")
 
 
-def _containers(case: Case) -> Iterator[Problem]:
+def _containers(case: Case) -> Found:
     found = case.probe.containers
     if not (found.engines and case.facts.gpus):
         return
@@ -73,7 +70,7 @@ def _containers(case: Case) -> Iterator[Problem]:
             "on the host: apt-get install nvidia-container-toolkit",
         )
         return
-    if _older(found.toolkit, TOOLKIT):
+    if refusals.older(found.toolkit, TOOLKIT):
         yield Problem(
             f"NVIDIA's container toolkit is {found.toolkit}, older than {TOOLKIT} (CVE-2025-23266)",
             "on the host: apt-get install --only-upgrade nvidia-container-toolkit",
@@ -90,24 +87,16 @@ def _containers(case: Case) -> Iterator[Problem]:
         )
 
 
-def _engine(case: Case) -> Iterator[Problem]:
+def _engine(case: Case) -> Found:
     if case.target.host.runtime != "podman":
         return
-    for refusal in container_refusals.lacking(case.target, case.facts):
-        yield Problem(refusal.what, refusal.remedy)
+    yield from container_refusals.lacking(case.target, case.facts)
     if not case.facts.lingers:
         login = case.facts.login
         yield Problem(f"{login}'s containers end with the last session", f"on the host: loginctl enable-linger {login}")
 
 
-def _older(version: str, floor: str) -> bool:
-    try:
-        return Version(version) < Version(floor)
-    except InvalidVersion:
-        return False
-
-
-def _compilers(case: Case) -> Iterator[Problem]:
+def _compilers(case: Case) -> Found:
     if not case.release.get("wheels") or "base" in case.release["parts"]:  # a container has its own
         return
     version = case.release.get("python", "3")

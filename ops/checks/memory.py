@@ -10,10 +10,10 @@ from ops.checks.case import Case, Check
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 
-def _out_of_memory(case: Case) -> Iterator[Problem]:
+def _out_of_memory(case: Case) -> Found:
     less = f'modes = ["low-memory"] for {case.target.name}, then inv deploy {case.at}'
     if case.probe.oom_kills or case.probe.result == "oom-kill":
         limit = case.target.profile.memory_max
@@ -29,7 +29,7 @@ def _out_of_memory(case: Case) -> Iterator[Problem]:
         yield Problem(f"the GPU ran out of memory ({times}): {refused[-1].strip()[:120]}", less)
 
 
-def _unified(case: Case) -> Iterator[Problem]:
+def _unified(case: Case) -> Found:
     if not any(gpu.unified for gpu in case.facts.gpus):
         return
     memory = case.live.memory

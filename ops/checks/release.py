@@ -10,10 +10,10 @@ from ops.checks.case import Case, Check
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 
-def _deployed(case: Case) -> Iterator[Problem]:
+def _deployed(case: Case) -> Found:
     facts = case.facts
     if not facts.current:
         yield Problem("nothing is deployed", f"inv deploy {case.at}")
@@ -25,7 +25,7 @@ def _deployed(case: Case) -> Iterator[Problem]:
         )
 
 
-def _drift(case: Case) -> Iterator[Problem]:
+def _drift(case: Case) -> Found:
     if not case.facts.current:
         return
     for name, error in case.facts.parts.items():
@@ -41,18 +41,18 @@ def _drift(case: Case) -> Iterator[Problem]:
         )
 
 
-def _confined(case: Case) -> Iterator[Problem]:
+def _confined(case: Case) -> Found:
     for what in plan.unconfined(case.target, case.facts):
         yield Problem(what, 'use a newer kernel, or scope = "system" for this host')
 
 
-def _packages(case: Case) -> Iterator[Problem]:
+def _packages(case: Case) -> Found:
     wanted, found = case.release.get("torch"), case.probe.installed.get("torch", "")
     if wanted and found.partition("+")[0] != wanted:
         yield Problem(f"torch is {found or 'missing'}, the release requires {wanted}", f"inv deploy {case.at}")
 
 
-def _nodes(case: Case) -> Iterator[Problem]:
+def _nodes(case: Case) -> Found:
     for name, why in case.facts.failed_nodes.items():
         yield Problem(
             f"node {name} cannot be imported: {why}",

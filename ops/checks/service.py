@@ -13,16 +13,16 @@ from ops.checks.case import Case, Check
 from ops.status import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from ops.checks.case import Found
 
 _ERROR = re.compile(r"^\s*(\w+\.)*\w*(Error|Exception|Interrupt)\b|\berror:|CUDA error|Killed|\[ERROR\]", re.MULTILINE)
 SLOW = 1 / 3
 """A start that takes this share of the health gate's time-out is slow. Measured: 15 s of 180 s, 51 s with 26 nodes."""
 
 
-def _service(case: Case) -> Iterator[Problem]:
+def _service(case: Case) -> Found:
     facts, service, comfyui = case.facts, case.facts.service, case.live.comfyui
-    yield from (Problem(each.what, each.remedy) for each in refusals.paused(case.target, facts))
+    yield from refusals.paused(case.target, facts)
     if not facts.current or facts.paused:
         return
     line = _telling(case.lines)
@@ -54,12 +54,12 @@ def _telling(log: list[str]) -> str:
     return [*lines, *errors][-1] if lines else "empty"
 
 
-def _port(case: Case) -> Iterator[Problem]:
-    yield from (Problem(each.what, each.remedy) for each in refusals.port(case.target, case.facts))
+def _port(case: Case) -> Found:
+    yield from refusals.port(case.target, case.facts)
 
 
-def _exporter(case: Case) -> Iterator[Problem]:
-    yield from (Problem(each.what, each.remedy) for each in refusals.metrics(case.target, case.facts))
+def _exporter(case: Case) -> Found:
+    yield from refusals.metrics(case.target, case.facts)
     if case.facts.exporter and not case.facts.metrics_holder:
         unit = case.target.exporter_unit
         yield Problem(
@@ -68,7 +68,7 @@ def _exporter(case: Case) -> Iterator[Problem]:
         )
 
 
-def _start(case: Case) -> Iterator[Problem]:
+def _start(case: Case) -> Found:
     timed = [(at, line) for at, line in case.probe.log if at is not None]
     ends = [number for number, (_, line) in enumerate(timed) if "To see the GUI go to" in line]
     if not ends:

@@ -158,7 +158,7 @@ def test_no_request_fails_while_a_group_is_updated(house: House) -> None:
         for each in threads:
             each.join()
     assert changed.returncode == 0, changed.stderr
-    assert changed.stderr.count("new people get other hosts") == 2
+    assert changed.stderr.count("new users go to other hosts") == 2
     assert {*codes} == {200}
     states = {
         each["name"]: each["state"]

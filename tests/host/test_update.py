@@ -232,11 +232,11 @@ def test_an_update_is_previewed_proved_rolled_back_and_undone(user: Fleet) -> No
     assert "shared parts: env" in told
 
     planned = user.inv("rollback", "--host", "spark", "--dry-run").stderr
-    assert f"a newer ComfyUI has migrated the database: {first} gets the one of " in planned
+    assert f"a newer ComfyUI has migrated the database: {first} gets the copy from " in planned
     back = user.inv("rollback", "--host", "spark")
     assert back.returncode == 0, back.stderr
     assert "trial: the second picture arrived" in back.stderr  # on that database, too
-    assert f"cannot open ComfyUI's database ({MIGRATION}); it gets the one of " in back.stderr
+    assert f"cannot open ComfyUI's database ({MIGRATION}); it gets the copy from " in back.stderr
     assert (user.current(), user.database()) == (first, database)
     assert [path.name for path in (user.prefix / "state/databases").iterdir()] == [second]
     undone = user.inv("update", "--undo")

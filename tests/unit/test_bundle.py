@@ -88,7 +88,12 @@ def test_bundle_lists_every_file_and_verifies(made: tuple[Path, Opened]) -> None
     assert {"agent.pyz", "checkout/uv.lock", "checkout/recipes/comfyui/src/comfy/cli_args.py"} <= names
     assert [name for name in names if name.endswith("six-1.17.0-py2.py3-none-any.whl")]
     assert [name for name in names if name.endswith("bin/uv") and written.files[name].executable]
-    assert (written.version, written.platform, written.python, written.asking) == ("1.2.3", "linux_x86_64", "3.11", ())
+    assert (written.version, written.platform, written.python, written.requesters) == (
+        "1.2.3",
+        "linux_x86_64",
+        "3.11",
+        (),
+    )
 
 
 def test_deploy_from_bundle_uses_no_other_source(

@@ -25,9 +25,9 @@ import pytest
 from agent.serve import container
 from core import files, workspace
 from core.stack import Platform
+from deploy import container_refusals, image_parts
 from deploy import host as hosts
 from deploy import image as images
-from deploy import image_parts
 from deploy import release as releases
 from lock import image_base
 from lock.nodes import Node
@@ -245,7 +245,7 @@ def test_a_node_that_installs_itself_is_refused() -> None:
     needy = Node(url="https://x.invalid/b", commit="0" * 40, tree="", why="", system=("ffmpeg",), required=True)
     optional = Node(url="https://x.invalid/c", commit="0" * 40, tree="", why="", system=("ffmpeg",))
     given = replace(plan_inputs(), nodes={"a": node, "b": needy, "c": optional})
-    assert [each.kind for each in images._unfit(spark(), given)] == ["image-install", "no-package"]
+    assert [each.kind for each in container_refusals.image(spark(), given)] == ["image-install", "no-package"]
 
 
 @pytest.mark.installer

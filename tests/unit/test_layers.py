@@ -43,6 +43,11 @@ def test_no_text_reaches_the_terminal_through_input_or_an_exit() -> None:
     assert not found
 
 
+def test_refusals_are_built_in_modules_of_that_name() -> None:
+    built = {str(path.relative_to(files.CHECKOUT)) for path in CLIENT if "Refusal(" in path.read_text()}
+    assert {path for path in built if not path.endswith("refusals.py")} == set()
+
+
 def test_only_one_module_starts_ssh() -> None:
     assert {path.name for path in CLIENT if '["ssh"' in path.read_text()} == {"connection.py"}
 

@@ -22,7 +22,7 @@ from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files, workspace
 from core.stack import stacks
-from deploy import host, plan, refusals
+from deploy import host, plan, refusals, survey
 from deploy import profile as loaded
 from deploy.host import Target
 from deploy.profile import Override, Setting, merged, modes
@@ -404,7 +404,7 @@ def release_of(*words: str) -> dict[str, Any]:
 
 
 def test_a_command_line_is_read_as_comfyui_reads_it() -> None:
-    read = flags.given(["--cpu", "--cache-ram", "10", "32", "--size", "3", "--size", "4"])
+    read = survey.settings(["--cpu", "--cache-ram", "10", "32", "--size", "3", "--size", "4"])
     assert read == {"--cpu": "", "--cache-ram": "10 32", "--size": "4"}
 
 

@@ -626,7 +626,7 @@ def test_path_flags_are_reserved() -> None:
 
 
 def test_foreign_account_is_refused() -> None:
-    assert reasons(made(replace(FRESH, user=True, user_fault="is root"))) == ["foreign-user"]
+    assert reasons(made(replace(FRESH, user=True, user_problem="is root"))) == ["foreign-user"]
 
 
 def unit_of(found: plan.Plan) -> str:

@@ -34,11 +34,11 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def step(files: dict[str, str], **groups: tuple[str, ...]) -> Set:
-    return Set("t", "w", "u", "one", files, groups)
+    return Set("t", "w", "u", 0, False, False, "one", files, groups)
 
 
 def undo(*, overwrite: bool = False) -> Unset:
-    return Unset("t", "w", "u", ("one",), overwrite)
+    return Unset("t", "w", "u", 0, False, False, ("one",), overwrite)
 
 
 def quiet(_: str) -> None:

@@ -75,7 +75,7 @@ def test_an_expected_error_is_an_exit_code(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["deploy", "--drain", "soon"], "--drain soon is not a number of seconds"),
+        (["deploy", "--drain", "soon"], "--drain must be a whole number"),
         (["deploy", "--build", "--bundle", "x.tar"], "--build and --bundle exclude each other"),
         (["adopt", "--by", "copy"], "use --by rename or --by reference"),
         (["adopt", "--apply", "--undo"], "one of --apply and --undo"),
