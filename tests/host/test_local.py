@@ -384,7 +384,7 @@ def test_the_supervisors_log(running: Here) -> None:
     for words, said in (
         (("--since", "whenever"), "--since whenever is not a supported time"),
         (("--grep", "("), "--grep ( is not a regular expression"),
-        (("--lines", "many"), "--lines must be a number"),
+        (("--lines", "many"), "--lines must be a whole number"),
     ):
         wrong = running.inv("logs", *words)
         assert (wrong.returncode, said in wrong.stderr) == (15, True), wrong.stderr
