@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterator
 
 from agent.api import endpoint, queue
-from agent.files import Json
 from agent.layout import Layout
 from agent.look.gpu import Nvml
+from agent.schema.live import Sample
 from agent.serve.managers import ours
 
 
-def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Json]:
+def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Sample]:
     """Yield a sample now and then one every `every` seconds for `seconds` (None: no end; 0: one sample).
 
-    `time` is this host's in seconds since 1970; `gpus` are those of `agent.look.gpu.gpus` with processes marked by
-    `ours`; `job` is the id of ComfyUI's running job. Raises AgentError without NVML.
+    Raises AgentError without NVML.
     """
     begun = time.monotonic()
     number, asked_again = 0, 0.0
@@ -28,7 +27,7 @@ def samples(layout: Layout, every: float, seconds: float | None) -> Iterator[Jso
                     job = running_job(layout, 1)
                 except (OSError, ValueError):  # a hanging ComfyUI must not delay every sample
                     asked_again = time.monotonic() + 10 * (time.monotonic() - now)
-            yield {"time": time.time(), "gpus": ours(layout, nvml.gpus()), "job": job}
+            yield Sample(time.time(), ours(layout, nvml.gpus()), job)
             number = max(number + 1, int((time.monotonic() - begun) / every))  # skips missed samples
             if seconds is not None and number * every > seconds:
                 return

@@ -20,7 +20,7 @@ from agent.look import jobs, logs, samples, status
 from agent.metrics import comfyui as metrics
 from agent.schema.facts import Service
 from agent.serve import health
-from tests.unit.test_api import BUSY, IDLE, RUNNING, STATS, at, layout, listening
+from tests.servers import BUSY, IDLE, RUNNING, STATS, at, layout, listening
 
 SECONDS = 0.4
 """The time-out of each request in these tests, in place of the real 2 to 60 s."""

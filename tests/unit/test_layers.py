@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def test_no_text_reaches_the_terminal_through_input_or_an_exit() -> None:
 def test_refusals_are_built_in_modules_of_that_name() -> None:
     built = {str(path.relative_to(files.CHECKOUT)) for path in CLIENT if "Refusal(" in path.read_text()}
     assert {path for path in built if not path.endswith("refusals.py")} == set()
+
+
+def test_no_hint_installs_with_pip() -> None:
+    """Debian 12 and newer refuse that outside of a virtual environment (PEP 668)."""
+    agent = (files.CHECKOUT / "agent").rglob("*.py")
+    found = [path.name for path in (*CLIENT, *agent) if re.search(r"(?<!uv )\bpip3? install\b", path.read_text())]
+    assert found == []
 
 
 def test_only_one_module_starts_ssh() -> None:

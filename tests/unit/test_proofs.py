@@ -34,7 +34,7 @@ from deploy.host import Target
 from deploy.profile import Prove
 from lock import workflows
 from tests.plans import inputs, settled, spark
-from tests.unit.test_api import RUNNING
+from tests.servers import RUNNING
 from tests.unit.test_cutover import SCENARIOS, World
 
 WORKFLOW: Json = {

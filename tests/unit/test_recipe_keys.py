@@ -21,7 +21,7 @@ from kernels.pin import pin
 from kernels.recipe import Module, Recipe, find_recipes, for_stack, load_recipe, recipes
 from tests.conftest import FIXTURES
 from tests.errors import raises
-from tests.unit.test_source import repository
+from tests.repositories import repository
 
 MODULE = 'kernels = ["csrc/sum.cu"]'
 

@@ -17,7 +17,7 @@ import tasks
 from core import files
 from core.command import command
 from core.errors import AuditError, BusyError, ConnectError, GateError
-from core.flags import CutOver, Where
+from core.flags import CutOver, Where, number
 from deploy import remote_build
 from deploy.change import Outcome
 from docs.generate import contexts
@@ -27,7 +27,7 @@ from lock.updates.outdated import Entry
 from lock.updates.proposal import Proposal
 from lock.updates.report import Report
 from tests.conftest import Hearth
-from tests.errors import kind_of
+from tests.errors import kind_of, raises
 
 
 def test_flag_dataclasses_become_task_flags() -> None:
@@ -85,6 +85,22 @@ def test_invalid_arguments_are_refused(hearth: Hearth, words: list[str], says: s
     done = hearth.inv(*words)
     assert done.returncode == 15
     assert says in done.stderr
+
+
+def test_a_number_of_a_flag_is_in_its_bounds() -> None:
+    assert [number("wait", "0"), number("watch", "0.5", 0.5), number("port", "65535", 1, 65535, whole=True)] == [
+        0,
+        0.5,
+        65535,
+    ]
+    for text, least, most, whole in (
+        ("soon", 0, 9, False),
+        ("-1", 0, 9, False),
+        ("1.5", 0, 9, True),
+        ("10", 0, 9, True),
+    ):
+        with raises("usage"):
+            number("wait", text, least, most, whole=whole)
 
 
 @pytest.mark.parametrize("folder", [".", "docs"])

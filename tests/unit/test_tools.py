@@ -19,7 +19,7 @@ from lock import nodes
 from lock.updates import upstream
 from tests.conftest import FIXTURES
 from tests.errors import raises
-from tests.unit.test_source import repository
+from tests.repositories import repository
 
 HOSTILE = {
     ".gitattributes": "*.txt text eol=crlf\n*.id ident\n*.upper filter=upper\n*.lfs filter=lfs\n"

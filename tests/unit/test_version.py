@@ -9,7 +9,7 @@ import pytest
 
 from core import files, version, workspace
 from core.manifest import Hearth
-from tests.unit.test_source import repository
+from tests.repositories import repository
 
 PROJECT = '[project]\nversion = "1.2.3"\n'
 

@@ -27,7 +27,7 @@ from ops import workflows as checks
 from tests import comfyui
 from tests.conftest import FIXTURES, Hearth
 from tests.errors import kind_of, raises
-from tests.unit.test_api import serving
+from tests.servers import serving
 
 MEDIA = sorted(each for each in (FIXTURES / "workflows").iterdir() if each.suffix != ".gz")
 
