@@ -195,7 +195,24 @@ def children(parent: int = 0) -> set[int]:
     return {int(pid) for pid, line in places.items() if line.rpartition(b")")[2].split()[1:2] == [b"%d" % parent]}
 
 
-def copied(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
+def logged(
+    argv: list[str], environment: dict[str, str], log: IO[bytes]
+) -> tuple[subprocess.Popen[bytes], threading.Thread]:
+    """Start a program that ends with this thread; another thread, returned, copies its output to `log`."""
+    child = subprocess.Popen(
+        argv,
+        env={**inherited(), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd="/",
+        preexec_fn=dies_with_parent(),
+    )
+    assert child.stdout is not None
+    return child, _copied(child.stdout, log)
+
+
+def _copied(pipe: IO[bytes], log: IO[bytes]) -> threading.Thread:
     """Append a pipe's output to a file in a thread. A program with direct access could truncate the file."""
 
     def copy() -> None:

@@ -25,6 +25,7 @@ from agent.change.lifecycle import await_answer, await_jobs
 from agent.files import AgentError, Json, Note, discard, write
 from agent.journal import SettingsJournal
 from agent.layout import Layout
+from agent.look.accounts import group_name
 from agent.processes import run
 from agent.schema.change import Set, Unset
 from agent.schema.settings import Applied, Seen, State
@@ -74,10 +75,7 @@ def _write_value(place: str, value: str | None) -> None:
 
 def _read_device(place: str) -> str:
     status = Path(place).stat()
-    group = str(status.st_gid)
-    with suppress(KeyError):
-        group = grp.getgrgid(status.st_gid).gr_name
-    return f"{stat.S_IMODE(status.st_mode):04o} {group}"
+    return f"{stat.S_IMODE(status.st_mode):04o} {group_name(status.st_gid)}"
 
 
 def _write_device(place: str, value: str | None) -> None:

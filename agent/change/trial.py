@@ -28,7 +28,7 @@ from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
 from agent.look.ports import port_holder
 from agent.parts import as_service, drop_root
-from agent.processes import copied, dies_with_parent, end_descendants, inherited, run, take_orphans, wait_for
+from agent.processes import end_descendants, logged, run, take_orphans, wait_for
 from agent.schema.change import COMPARED, CutOver, Proof
 from agent.schema.facts import Service
 from agent.serve.health import first_answer, prove, report_changed_types
@@ -221,28 +221,13 @@ class Trial:
         variables = {name: self.moved(value) for name, value in release["environment"].items()}
         self.spared = take_orphans()
         log = (self.layout.state / "trial.log").open("wb", buffering=0)  # stays open while any process runs
-
-        def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
-            child = subprocess.Popen(
-                argv,
-                env={**inherited(), **variables},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                preexec_fn=dies_with_parent(),
-            )
-            assert child.stdout is not None
-            copied(child.stdout, log)
-            return child
-
         if check := imports(release):
-            self.child = spawn([*self.confined(release), *check])
+            self.child, _ = logged([*self.confined(release), *check], variables, log)
             with suppress(subprocess.TimeoutExpired):
                 self.child.wait(IMPORT_SECONDS)
             if self.child.poll() != 0:
                 raise AgentError("gate", "a kernel of the release cannot be imported", " ".join(check[1:]))
-        self.child = spawn([*self.confined(release), *self.argv])
+        self.child, _ = logged([*self.confined(release), *self.argv], variables, log)
 
     def stop(self) -> None:
         """Stop it if it runs."""

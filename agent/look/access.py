@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import pwd
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from agent.files import Json
 from agent.layout import Layout
+from agent.look.accounts import group_name, user_name
 from agent.schema.settings import Access, Node, Rule
 
 
@@ -23,9 +23,9 @@ def access(layout: Layout, request: Json) -> Access:
         status = Path(place).stat()
         if not stat.S_ISCHR(status.st_mode):
             continue
-        group = _group(status.st_gid)
+        group = group_name(status.st_gid)
         denied = tuple(name for name, groups in people.items() if not may_use(status, name, groups))
-        nodes.append(Node(place, stat.S_IMODE(status.st_mode), _user(status.st_uid), group, denied))
+        nodes.append(Node(place, stat.S_IMODE(status.st_mode), user_name(status.st_uid), group, denied))
     params = {}
     with suppress(OSError):
         lines = Path("/proc/driver/nvidia/params").read_text().splitlines()
@@ -52,28 +52,14 @@ def _groups(user: str) -> tuple[str, ...] | None:
         entry = pwd.getpwnam(user)
     except KeyError:
         return None
-    return tuple(sorted(_group(each) for each in os.getgrouplist(user, entry.pw_gid)))
+    return tuple(sorted(group_name(each) for each in os.getgrouplist(user, entry.pw_gid)))
 
 
 def may_use(status: os.stat_result, user: str, groups: tuple[str, ...] | None) -> bool:
     """Return whether a user may read and write a device by its mode (ACLs are ignored)."""
     if groups is None:
         return False
-    if _user(status.st_uid) == user:
+    if user_name(status.st_uid) == user:
         return status.st_mode & 0o600 == 0o600
-    shift = 3 if _group(status.st_gid) in groups else 0
+    shift = 3 if group_name(status.st_gid) in groups else 0
     return (status.st_mode >> shift) & 0o6 == 0o6
-
-
-def _group(number: int) -> str:
-    try:
-        return grp.getgrgid(number).gr_name
-    except KeyError:
-        return str(number)
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)

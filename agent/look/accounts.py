@@ -18,6 +18,22 @@ def user_exists(name: str) -> bool:
     return False
 
 
+def user_name(number: int) -> str:
+    """Return a user's name, or the number of an unknown one."""
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def group_name(number: int) -> str:
+    """Return a group's name, or the number of an unknown one."""
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
 def account_problem(layout: Layout) -> str:
     """Return why the service must not run as its existing user; empty if it may.
 

@@ -8,13 +8,13 @@ takes about 20 ms.
 from __future__ import annotations
 
 import ctypes
-import pwd
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from agent.files import AgentError, Json, meminfo, read_some, read_text
+from agent.look.accounts import user_name
 
 UNIFIED = ("12.1",)
 """Compute capabilities of GPUs with unified memory (GB10). NVML does not report their memory, or reports all of the
@@ -174,11 +174,7 @@ def process(pid: int) -> Json:
     name = "".join(each if each.isprintable() else "?" for each in name)[:60]  # chosen by the process's owner
     user: str | None = None
     with suppress(OSError):
-        number = place.stat().st_uid
-        try:
-            user = pwd.getpwuid(number).pw_name
-        except KeyError:
-            user = str(number)
+        user = user_name(place.stat().st_uid)
     # cgroups(7): the line of the unified hierarchy, or of systemd's named v1 hierarchy; a container may have both.
     lines = read_text(place / "cgroup").splitlines()
     paths = [line for line in lines if line.startswith("0::") or ":name=systemd:" in line]

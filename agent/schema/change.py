@@ -359,31 +359,12 @@ class Erase(Step):
     kind = "erase"
 
 
-KINDS: dict[str, type[Step]] = {
-    each.kind: each
-    for each in (
-        *(
-            Account,
-            Linger,
-            Members,
-            Rights,
-            Mount,
-            Folders,
-            Tool,
-            Base,
-            App,
-            Exporter,
-            Gateway,
-            Node,
-            Env,
-            Release,
-            CutOver,
-            Serve,
-        ),
-        *(Prune, Retire, Adopt, Withdraw, Unadopt, Set, Unset, DropCaches, Stop, Start, Restart, EndLinger, Forget),
-        *(ForgetMounts, Delete, Erase),
-    )
-}
+def _kinds(step: type[Step]) -> dict[str, type[Step]]:
+    found = {step.kind: step} if step.kind else {}
+    return found | {kind: each for below in step.__subclasses__() for kind, each in _kinds(below).items()}
+
+
+KINDS = _kinds(Step)
 
 
 def packed(step: Step) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from agent.files import Json
 from agent.journal import now
 from agent.layout import Layout
 from agent.locks import flock
-from agent.processes import copied, dies_with_parent, end_descendants, inherited, take_orphans, wait_for
+from agent.processes import end_descendants, logged, take_orphans, wait_for
 from agent.serve.health import free_if_idle
 from agent.serve.supervised import Supervised
 from agent.serve.watch import Watcher
@@ -76,24 +76,17 @@ class Supervisor:
         self.manager.rotate()
         with self.manager.output.open("ab", buffering=0) as log:
             begin = log.tell()
-            child = self.child = subprocess.Popen(
-                [*release.get("confined", ()), *release["argv"]],
-                env={**inherited(), **release["environment"]},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                preexec_fn=dies_with_parent(),
-            )
-            assert child.stdout is not None
-            copying = copied(child.stdout, log)
+            argv = [*release.get("confined", ()), *release["argv"]]
+            child, copying = logged(argv, release["environment"], log)
+            self.child = child
             self.manager.note(child.pid, self.restarts, begin)
             if self.stopping:  # SIGTERM arrived between the loop's test and the start
                 child.send_signal(signal.SIGINT)
             again = self.attend(child, release, watcher)
             end_descendants(seconds=float("inf"))
             copying.join(5)
-            child.stdout.close()
+            if child.stdout:
+                child.stdout.close()
         return again
 
     def attend(self, child: subprocess.Popen[bytes], release: Json, watcher: Watcher) -> bool:
