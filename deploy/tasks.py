@@ -200,7 +200,7 @@ def history(_: Context, *, where: Where, out: Output) -> None:
 
 @command()
 def facts(_: Context, *, where: Where, out: Output) -> None:
-    """Show the facts of a host that a deploy is planned from.
+    """Show the facts of a host, on which a deploy's plan is based.
 
     Among them: system, Python versions, GPUs, disk space, mounts, release and service.
 

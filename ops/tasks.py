@@ -285,7 +285,7 @@ def remove(_: Context, *, where: Fleet, how: Change, out: Output) -> int:
 def nuke(
     _: Context, data: bool = False, yes_delete_data_of: str = "", *, where: Fleet, how: Change, out: Output
 ) -> int:
-    """Delete everything of Hearth on a host except the data; with `--data`, that too. Never follows mounts or links.
+    """Delete all of Hearth on a host except the data; with `--data`, also the data. Never follows mounts or links.
 
     The data is models, inputs, outputs, workflows and settings. It is deleted only if the host's name is typed at the
     terminal or given by `--yes-delete-data-of`, and cannot be restored. The output lists what remains.
