@@ -24,7 +24,7 @@ class Application(source.Pinned, frozen=True, forbid_unknown_fields=True, kw_onl
 
     `extra` are packages in addition to its requirements; `manager` is the package that `--enable-manager` needs.
     `writable` are its files and folders (ending in `/`) that nodes write; they live in the data. `size` and `files`
-    are the measured size of an installed release beside its stack, in bytes and inodes.
+    are what a release without custom nodes takes on a host beside its stack, in bytes and inodes; updates measure them.
     """
 
     extra: tuple[str, ...]

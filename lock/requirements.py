@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import (
     InvalidSdistFilename,
     InvalidWheelFilename,
@@ -369,6 +370,13 @@ def platform_tags(platform: Platform) -> list[str]:
     """The platform tags of wheels. pip compares them literally: a newer manylinux does not imply an older one."""
     names = [f"manylinux_2_{minor}" for minor in range(28, 4, -1)] + ["manylinux2014", "manylinux2010", "manylinux1"]
     return [f"{each}_{platform.cpu}" for each in [*names, "linux"]]
+
+
+def tags(platform: Platform, python: str) -> list[Tag]:
+    """The tags of the wheels that a Python can install, the best first."""
+    version, platforms = tuple(map(int, python.split("."))), platform_tags(platform)
+    interpreter = f"cp{python.replace('.', '')}"
+    return [*cpython_tags(version, platforms=platforms), *compatible_tags(version, interpreter, platforms)]
 
 
 def nodes_hash(known: Catalogue) -> str:

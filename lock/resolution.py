@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
-from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name
 
 from core import console, files, shell, tools
@@ -290,15 +289,12 @@ class Resolver:
 
     def unfit(self, file: str) -> str:
         """Why a node cannot have a wheel that it pins by address; uv does not look at its tags."""
-        python, platforms = self.old.python, requirements.platform_tags(self.platform)
+        python = self.old.python
         for requirement in map(Requirement, self.asked[file]):
             wheel = requirements.wheel(requirement.url or "")
-            if wheel and requirements.applies(requirement, self.platform, python):
-                version = tuple(map(int, python.split(".")))
-                supported = {*cpython_tags(version, platforms=platforms)}
-                supported |= {*compatible_tags(version, f"cp{python.replace('.', '')}", platforms)}
-                if not wheel[2] & supported:
-                    return f"{requirement.url} is not for {self.platform.value}, Python {python}"
+            applies = wheel and requirements.applies(requirement, self.platform, python)
+            if wheel and applies and not wheel[2] & {*requirements.tags(self.platform, python)}:
+                return f"{requirement.url} is not for {self.platform.value}, Python {python}"
         return ""
 
     def _conflict(self, done: Done, bad: Sequence[str]) -> LockError:

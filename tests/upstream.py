@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +106,8 @@ class Checkout:
     place: Path
     uploads: dict[str, datetime] = field(default_factory=dict)
     connections: int = 0
+    ranges: bool = True
+    """Whether the index sends parts of files."""
 
     @property
     def root(self) -> Path:
@@ -190,13 +194,22 @@ def index(tmp_path: Path) -> Iterator[tuple[Checkout, str]]:
             path = tmp_path / "simple" / name / file
             page = made.listing(name)
             content = path.read_bytes() if file and path.is_file() else json.dumps(page).encode()
-            self.send_response(200 if page else 404)
+            whole, start = len(content), 0
+            part = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "") if made.ranges and file else "")
+            if part:
+                start = int(part[1]) if part[1] else max(0, whole - int(part[2]))
+                content = content[start : int(part[2]) + 1 if part[1] and part[2] else whole]
+            self.send_response(206 if part else 200 if page else 404)
+            if part:
+                self.send_header("Content-Range", f"bytes {start}-{start + len(content) - 1}/{whole}")
             self.send_header(
                 "Content-Type", "application/octet-stream" if file else "application/vnd.pypi.simple.v1+json"
             )
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if self.command == "GET":
+                with suppress(ConnectionError):  # uv has read enough
+                    self.wfile.write(content)
 
         do_HEAD = do_GET  # noqa: N815  http.server's name
 

@@ -66,7 +66,6 @@ def move(wanted: Request, made: Proposal) -> None:
     notes = [f"known problem: {each}" for each in bad]
     if place := _place(wanted, app.version, name):
         notes += ["only git carries this version: app.toml's other sources were removed"] * (len(app.source) > 1)
-        notes.append("size and files in app.toml stay: they were measured for an earlier version")
         pinned = _pinned(app, name, known[name])
         _write(msgspec.structs.replace(pinned, folder=str(place)), f"v{name}, {dates[known[name]]:%Y-%m-%d}")
     title = f"ComfyUI ({channel})" if channel else "ComfyUI"

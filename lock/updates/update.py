@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from core import console, lockfile, workspace
 from core.errors import HearthError, LockError, UsageError
 from lock import application, nodes, preview, requirements, resolution
-from lock.updates import node_updates, packages, releases, transaction
+from lock.updates import node_updates, packages, releases, sizes, transaction
 from lock.updates.proposal import Move, Proposal, Request
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def proposed(wanted: Request, look: Look | None) -> tuple[Proposal, transaction.
         if made.moves:
             lockfile.renew(check=False)
             _resolve(wanted, made)
+            if wanted.part != "tool":
+                _measure(wanted, made)
             record = draft.record()
             after = _release(wanted, made) if before else None
     if look and before and after:  # outside the draft, which has no profiles, hosts and workflows
@@ -77,13 +79,20 @@ def _release(wanted: Request, made: Proposal) -> Release | None:
     return None
 
 
+def _measure(wanted: Request, made: Proposal) -> None:
+    """Write the sizes of what moved: of ComfyUI with its packages, and of stacks."""
+    with _warned(made, "the size that a host needs was not measured, and stays as it was"):
+        sizes.measure_application(application.application(application.moving(wanted.channel)))
+        sizes.measure_stacks({each.name.partition(" ")[0] for each in made.moves if each.part == "stack"})
+
+
 @contextmanager
-def _warned(made: Proposal) -> Iterator[None]:
-    """Turn errors of a preview into warnings: it never prevents an update."""
+def _warned(made: Proposal, what: str = "the preview is incomplete") -> Iterator[None]:
+    """Turn errors of a preview or of a measurement into warnings: they never prevent an update."""
     try:
         yield
     except (HearthError, OSError, ValueError, RecursionError) as error:
-        made.warnings.append(f"the preview is incomplete: {getattr(error, 'what', error)}")
+        made.warnings.append(f"{what}: {getattr(error, 'what', error)}")
 
 
 def _resolve(wanted: Request, made: Proposal) -> None:

@@ -195,3 +195,20 @@ def package(name: str, before: datetime | None = None, version: str = "") -> Rel
         when = f" before {before:%Y-%m-%d}" if before else ""
         raise SourceError("source-unreachable", f"the index has no release of {name}{when}")
     return found[max(found)]
+
+
+def tail(address: str, most: int) -> tuple[int, bytes]:
+    """The size of a file of the index, and its last bytes: at most this many; raises SourceError."""
+    from requests import RequestException
+
+    try:
+        headers = {"Range": f"bytes=-{most}", "Accept-Encoding": "identity"}
+        with _CONNECTIONS, _index(tools.index()).s.get(address, headers=headers, stream=True, timeout=30) as answer:
+            answer.raise_for_status()
+            whole = answer.headers.get("Content-Range", "").rpartition("/")[2] or answer.headers["Content-Length"]
+            if answer.status_code != 206 and int(whole) > most:
+                raise SourceError("source-unreachable", f"the server of {address} does not send parts of files")
+            return int(whole), answer.content
+    except (RequestException, LookupError, ValueError) as error:
+        hint = "check the network and the index"
+        raise SourceError("source-unreachable", f"{address} cannot be read", cause=str(error), hint=hint) from None

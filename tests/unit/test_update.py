@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+import tomli
 
-from core import lockfile, stack
+from core import lockfile, source, stack
 from core.errors import HearthError
 from deploy import deploy
 from deploy.plan import Options
@@ -72,6 +75,49 @@ def test_the_newest_good_release_of_comfyui(own: Checkout) -> None:
     assert own.texts() == before
     with raises("usage", match="no update to undo"):
         transaction.undo()
+
+
+def fill(own: Checkout, name: str, version: str, *requires: str, **contents: bytes) -> None:
+    """Publish a wheel with files; `__` is a dot."""
+    own.publish(name, version, *requires)
+    with zipfile.ZipFile(own.place / "simple" / name / f"{name}-{version}-py3-none-any.whl", "a") as wheel:
+        for file, content in contents.items():
+            wheel.writestr(file.replace("__", "."), content)
+
+
+def sizes(own: Checkout) -> dict[str, tuple[int, int]]:
+    """The sizes in app.toml and stacks.toml."""
+    tables = {"comfyui": tomli.loads(own.file("recipes/comfyui/app.toml").read_text())}
+    tables |= tomli.loads(own.file("config/stacks.toml").read_text())
+    return {name: (each["size"], each["files"]) for name, each in tables.items()}
+
+
+def test_sizes_are_measured(own: Checkout) -> None:
+    noise = random.Random(1).randbytes(30_000_000)
+    fill(own, "six", "3", **{"six/data": noise, **{f"six/{'long' * 20}/{at}__py": b"x" for at in range(2_000)}})
+    fill(own, "torch", "2.14.1", "cuda-toolkit==13.0.3", **{"torch/lib__so": noise})
+    own.publish("torchvision", "0.29.1", "torch==2.14.1")
+    own.tag("0.31.0", requirements__txt="six==3\n", fresh__bin="z" * 12_000_000)
+    own.update("comfyui")
+    found = sizes(own)
+    assert found["cu130"] == (1, 1)  # did not move
+    (size, inodes) = found["comfyui"]
+    tree = sum(each.stat().st_size for each in source.fetch(application()).rglob("*") if each.is_file())
+    exact = len(noise) + 2 * 2_000 * 4096 + tree  # a block for each file, and for its compiled code
+    assert exact < size < exact + 11_000_000
+    assert 4_000 < inodes < 4_200
+    own.update("stack")
+    assert sizes(own) == {"comfyui": (size, inodes), "cu130": (40_000_000, 100)}
+
+
+def test_a_size_that_cannot_be_measured_stays(own: Checkout) -> None:
+    own.ranges = False
+    fill(own, "six", "3", **{"six/data": random.Random(1).randbytes(20_000_000)})
+    own.tag("0.31.0", requirements__txt="six==3\n")
+    made = own.update("comfyui")
+    assert [each.new for each in made.moves] == ["0.31.0"]
+    assert any("not measured" in each and "parts of files" in each for each in made.warnings)
+    assert sizes(own)["comfyui"] == (1, 1)
 
 
 def test_a_channel_moves_alone(own: Checkout) -> None:
