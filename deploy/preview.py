@@ -12,10 +12,12 @@ from packaging.version import Version
 from core import console, files, source
 from core.errors import ConfigError, HearthError, SourceError
 from core.stack import find_stack
+from deploy import fleet
 from deploy import host as hosts
+from deploy.look import find_target, look
 from deploy.profile import modes, profiles
 from deploy.selection import choose
-from lock import interface, nodes, workflows
+from lock import application, interface, nodes, workflows
 from lock import preview as previews
 from lock.preview import Driver, Preview, Release
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from core.stack import Stack
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.host import Target
@@ -82,7 +85,7 @@ def _preview(
         made,
         flags=tuple(msgspec.structs.replace(each, owner=_owner(target, each.flag)) for each in made.flags),
         unavailable=tuple(each for each in made.unavailable if each.node in wanted),
-        drivers={target.name: driver(target, facts)} if target.profile.cuda else {},
+        drivers={target.name: driver(target.stack, facts)} if target.profile.cuda else {},
         unknown={**made.unknown, **unknown},
     )
 
@@ -92,9 +95,8 @@ def _owner(target: Target, flag: str) -> str:
     return f"{target.name} ({origin})" if origin else target.name
 
 
-def driver(target: Target, facts: Facts) -> Driver:
-    """A host's driver, and the one that its stack needs."""
-    stack = target.stack
+def driver(stack: Stack, facts: Facts) -> Driver:
+    """A host's driver, and the one that a stack needs."""
     try:
         fits = Version(facts.driver) >= Version(stack.driver)
     except ValueError:
@@ -176,15 +178,45 @@ def running(agent: Agent, host: str, *, saved: bool) -> tuple[Interface, Workflo
 
 
 def of_update(old: Release, new: Release) -> Preview:
-    """Compare two releases of this checkout, with the flags and workflows in its configuration."""
-    return previews.preview(old, new, chosen_flags(old.version, new.version), workflows.collect())
+    """Compare two releases of this checkout, with its workflows, and with its hosts and their flags and drivers.
+
+    Hosts are asked only if the torch or CUDA of their stack changes; one that does not answer is unknown.
+    """
+    made = previews.preview(old, new, chosen_flags(old.version, new.version), workflows.collect())
+    targets = [find_target(name) for name in hosts.hosts().hosts]
+    unfit = {
+        each.name: f"its stack {each.stack.name} runs only ComfyUI {each.stack.comfyui}, not {new.version}"
+        for each in targets
+        if _selects(each.host, old.version) and not each.stack.runs(new.version)
+    }
+    moved = {name for name, stack in new.stacks.items() if _needs(stack) != _needs(old.stacks.get(name))}
+    asked = [each.name for each in targets if each.profile.cuda and each.stack.name in moved]
+    answers = fleet.ask_each(
+        asked, lambda agent, target: driver(new.stacks[target.stack.name], look(agent, target)), limited=True
+    )
+    late = {f"driver of {each.host}": f"not checked: {_reason(each.error)}" for each in answers if each.error}
+    drivers = {each.host: each.value for each in answers if each.value}
+    return msgspec.structs.replace(made, unfit=unfit, drivers=drivers, unknown={**made.unknown, **late})
+
+
+def _needs(stack: Stack | None) -> tuple[str, str, str] | None:
+    return (stack.torch, stack.cuda, stack.driver) if stack else None
+
+
+def _selects(host: hosts.Host, version: str) -> bool:
+    """Whether a host runs a version of ComfyUI; also if its channel has none yet."""
+    wanted = host.comfyui
+    if wanted in application.CHANNELS:
+        return application.channels().get(wanted, version) == version
+    return version == (application.version() if wanted == application.PINNED else wanted)
 
 
 def chosen_flags(old: str, new: str) -> previews.Chosen:
-    """The flags of all profiles, modes and hosts for two versions of ComfyUI."""
+    """The flags of all profiles and modes, and of the hosts that run the old one, for two versions of ComfyUI."""
     plain = hosts.Host(scope="user")
     targets = {f"profile {name}": hosts.Target(name, plain, name, each, {}) for name, each in profiles().items()}
-    targets |= {f"host {name}": hosts.target(name) for name in hosts.hosts().hosts}
+    affected = [name for name, host in hosts.hosts().hosts.items() if _selects(host, old)]
+    targets |= {f"host {name}": hosts.target(name) for name in affected}
     found = {name: (each.flags_for(old), each.flags_for(new)) for name, each in targets.items()}
     torch = find_stack().torch
     for name, mode in modes().items():

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from core import foreign, source
 from core.console import counted
+from core.stack import stacks
 from lock import ahead, api, application, interface, nodes, workflows
 from lock.interface import Interface, NodeType
 from lock.readings import kept
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Set
     from pathlib import Path
 
+    from core.stack import Stack
     from lock.application import Application
     from lock.nodes import Catalogue
     from lock.requirements import LockedList
@@ -35,8 +37,8 @@ COMFYUI = "ComfyUI"
 class Release:
     """A ComfyUI and its custom nodes as source trees, and its packages.
 
-    `packages` are versions by locked list, `locks` these lists as far as they are known. `unknown` are the reasons why
-    ComfyUI's tree (None) or a node's is not available.
+    `packages` are versions by locked list, `locks` these lists as far as they are known, `stacks` those of a checkout.
+    `unknown` are the reasons why ComfyUI's tree (None) or a node's is not available.
     """
 
     version: str
@@ -44,6 +46,7 @@ class Release:
     nodes: Mapping[str, Path]
     packages: Mapping[str, Mapping[str, str]]
     locks: Mapping[str, LockedList] = field(default_factory=dict)
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
     unknown: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -51,8 +54,8 @@ def of_checkout(app: Application, known: Catalogue, locks: Iterable[LockedList])
     """The release of a ComfyUI with all known nodes and these locked lists; raises the errors of fetching."""
     lists = {lock.name: lock for lock in locks}
     packages = {name: lock.versions() for name, lock in lists.items()}
-    trees = nodes.fetch(known.nodes)
-    return Release(version=app.version, tree=source.fetch(app), nodes=trees, packages=packages, locks=lists)
+    trees, tree = nodes.fetch(known.nodes), source.fetch(app)
+    return Release(version=app.version, tree=tree, nodes=trees, packages=packages, locks=lists, stacks=stacks())
 
 
 class Flag(msgspec.Struct, frozen=True):
@@ -97,7 +100,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
 
     ComfyUI makes the `migrations` of its database when it starts; it does not start with a database that had one of
     `newer`, which the older release has made. A ComfyUI without migrations starts with every database: `restores` says
-    that a rollback needs the database from before.
+    that a rollback needs the database from before. `drivers` are by host; so is `unfit`, why a host's stack does not run
+    the new ComfyUI.
     """
 
     old: str
@@ -111,6 +115,7 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
     newer: tuple[str, ...] = ()
     restores: bool = False
     drivers: dict[str, Driver] = {}
+    unfit: dict[str, str] = {}
     workflows: tuple[workflows.Report, ...] = ()
     unknown: dict[str, str] = {}
 
@@ -328,6 +333,7 @@ def _parts(found: Preview) -> Iterator[list[str]]:
         yield [f"database: a rollback {'restores the one from the time of the update' if found.restores else every}"]
     if found.newer:
         yield [f"database: ComfyUI {found.new} does not start with a database at {', '.join(found.newer)}"]
+    yield [f"{host}: {why}" for host, why in found.unfit.items()]
     fits = {True: "is new enough", False: "is too old", None: "is not reported"}
     yield [
         f"{host}: driver {each.driver or '-'} {fits[each.fits]}: CUDA {each.cuda} needs {each.needs}"

@@ -16,11 +16,11 @@ import msgspec
 from agent.schema.settings import Access, Node
 from core import console
 from core.errors import UsageError
-from deploy import refusals
+from deploy import fleet, refusals
 from deploy.change import Change, change_each
 from deploy.look import look as facts_of
 from deploy.plan import Plan
-from ops import fleet, lifecycle, settings
+from ops import lifecycle, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

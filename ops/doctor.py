@@ -13,12 +13,12 @@ from agent.schema.live import Probed
 from core import files
 from core.console import counted
 from core.errors import HostError
+from deploy import fleet, plan
 from deploy import host as hosts
-from deploy import plan
 from deploy.gateways import question, run_by
 from deploy.inputs import gather
 from deploy.look import find_target, questions
-from ops import fleet, workstation
+from ops import workstation
 from ops.checks import CHECKS, Case, Severity
 
 if TYPE_CHECKING:

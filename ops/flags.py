@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from core import console
+from deploy import fleet
 from deploy.release import OWN_FLAGS
 from deploy.survey import settings
 from lock import application as applications
-from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -18,9 +18,8 @@ from core import console
 from core.console import counted
 from core.errors import ConnectError, HearthError, HostError, UsageError
 from core.flags import number
-from deploy import connection
+from deploy import connection, fleet
 from deploy.look import find_target
-from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

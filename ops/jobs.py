@@ -11,7 +11,7 @@ import msgspec
 from agent.schema.live import Job
 from core import console
 from core.flags import number
-from ops import fleet
+from deploy import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -11,11 +11,10 @@ from agent.schema.live import Freed
 from core import console
 from core.errors import HearthError
 from core.flags import number
-from deploy import connection, refusals
+from deploy import connection, fleet, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
 from deploy.plan import Plan
-from ops import fleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -13,11 +13,11 @@ from core import files
 from core.console import counted
 from core.errors import UsageError
 from core.flags import number
-from deploy import refusals
+from deploy import fleet, refusals
 from deploy.change import Change, change_each
 from deploy.plan import Plan
 from deploy.units import devices
-from ops import fleet, lifecycle, settings
+from ops import lifecycle, settings
 from ops.status import Problem
 
 if TYPE_CHECKING:

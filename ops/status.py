@@ -16,10 +16,9 @@ from agent.schema.live import Disk, Glance
 from core import console
 from core.console import counted
 from core.flags import number
-from deploy import plan
+from deploy import fleet, plan
 from deploy.inputs import gather
 from deploy.look import questions
-from ops import fleet
 from ops.gpu import cells as gpu_cells
 
 if TYPE_CHECKING:

@@ -70,7 +70,8 @@ def gpu(
         inv gpu --group home --watch
         inv gpu --host spark --record run.jsonl --seconds 600 --every 0.5
     """
-    from ops import fleet, gpu
+    from deploy import fleet
+    from ops import gpu
 
     names = where.names()
     gpu.check(names, watch=watch, record=record, seconds=seconds, every=every, as_json=out.json)
@@ -114,7 +115,8 @@ def free_memory(_: Context, wait: str = "60", *, where: Fleet, out: Output) -> i
         inv free-memory --host spark
         inv free-memory --host spark --wait 0   # do not wait for the job
     """
-    from ops import fleet, memory
+    from deploy import fleet
+    from ops import memory
 
     answers = memory.free(where.names(), wait, ask_sudo=where.ask_sudo)
     found = fleet.collect(answers)
@@ -174,7 +176,8 @@ def flags(_: Context, *, where: Fleet, out: Output) -> int:
 
         inv flags --host spark
     """
-    from ops import flags, fleet
+    from deploy import fleet
+    from ops import flags
 
     answers = flags.look(where.names(), ask_sudo=where.ask_sudo)
     seen = list(fleet.collect(answers).values())
@@ -333,7 +336,8 @@ def jobs(_: Context, number: str = "20", *, where: Fleet, out: Output) -> int:
         inv jobs --host spark
         inv jobs --group home --number 100 --json
     """
-    from ops import fleet, jobs
+    from deploy import fleet
+    from ops import jobs
 
     answers = jobs.recent(where.names(), number, ask_sudo=where.ask_sudo)
     seen = fleet.collect(answers)

@@ -10,11 +10,11 @@ import msgspec
 
 from core import config, console, files
 from core.errors import ConfigError, UsageError, suggest
-from deploy import refusals
+from deploy import fleet, refusals
 from deploy.change import Change, change_each
 from deploy.look import look as facts_of
 from deploy.plan import Plan
-from ops import fleet, settings
+from ops import settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

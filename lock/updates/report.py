@@ -90,6 +90,8 @@ def _facts(found: Preview | None) -> Iterator[str]:
         yield f"{counted(unused, 'unused node type')} removed"
     if found.broken:
         yield f"{counted(len(found.broken), 'broken custom node')}"
+    if unfit := {*found.unfit, *(host for host, each in found.drivers.items() if each.fits is False)}:
+        yield f"{counted(len(unfit), 'host')} cannot run it"
 
 
 def _tried(trial: Trial) -> Iterator[str]:

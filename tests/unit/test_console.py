@@ -20,12 +20,12 @@ from agent.schema.live import Job
 from core import console, files
 from core.console import age, clock, counted, printable, size
 from core.errors import ConnectError
-from deploy import change, outcome
+from deploy import change, fleet, outcome
 from deploy.change import Outcome
 from deploy.plan import Plan
 from lock.updates import node_updates
 from lock.updates.node_updates import Change
-from ops import doctor, fleet, jobs, logs, status
+from ops import doctor, jobs, logs, status
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe
 from agent.schema.survey import Installation, Survey
 from core.errors import ConnectError, ToolError
 from deploy.facts import Facts
+from deploy.fleet import Answer
 from deploy.survey import only
 from ops import doctor, status, workstation
 from ops.checks import CHECKS, Case
 from ops.doctor import Finding
-from ops.fleet import Answer
 from tests.errors import raises
 from tests.plans import inputs, made, settled, spark
 from tests.unit.test_gpu import PROCESS, sample

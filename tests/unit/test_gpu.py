@@ -27,9 +27,10 @@ from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
 from agent.serve import managers
 from core.errors import ConnectError, UsageError
+from deploy import fleet
 from deploy.facts import Gpu as GpuFact
 from deploy.flags import Fleet
-from ops import fleet, gpu, memory, plot, tasks
+from ops import gpu, memory, plot, tasks
 from tests import nvml
 from tests.errors import raises
 from tests.plans import FRESH, spark

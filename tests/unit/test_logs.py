@@ -17,7 +17,8 @@ from agent.look import logs as agent_logs
 from agent.schema.live import Job
 from agent.serve.supervised import Supervised
 from core.errors import ConnectError
-from ops import fleet, jobs, logs
+from deploy import fleet
+from ops import jobs, logs
 from tests.errors import raises
 
 NOW = time.mktime((2026, 11, 23, 14, 30, 0, 0, 0, -1))

@@ -6,15 +6,20 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
 
 from core import files, foreign, shell, source
-from core.errors import HostError
+from core.errors import ConnectError, HostError
+from core.stack import stacks
+from deploy import connection
 from deploy import preview as hosts_preview
 from deploy import release as releases
 from deploy.selection import choose
@@ -24,9 +29,12 @@ from lock.interface import Change, Interface
 from lock.preview import COMFYUI, Preview, Release
 from lock.readings import kept
 from lock.requirements import LockedList
+from lock.updates import report
+from lock.updates.proposal import Proposal
 from tests import comfyui, plans
 
 if TYPE_CHECKING:
+    from deploy.host import Target
     from lock.workflows import Workflows
 
 EDITS = {
@@ -502,6 +510,48 @@ def test_preview_of_a_host(deployed: Any) -> None:
     assert {each.file: each.breaks for each in found.workflows} == {"spark:mine.json": True}
     assert found.drivers["spark"].fits
     assert found.unknown == {}
+
+
+HOSTS = "".join(
+    f'[hosts.{name}]\naddress = "localhost"\nprofile = "{profile}"\n{more}\n'
+    for name, profile, more in (
+        ("enough", "cuda", ""), ("older", "cuda", ""), ("silent", "cuda", ""), ("away", "cuda", ""), ("cpu", "cpu", ""),
+        ("other", "cuda", 'override.stack = "cu124"'),
+        ("elsewhere", "cuda", 'comfyui = "0.1.0"\noverride.stack = "cu124"'),
+    )
+)  # fmt: skip
+
+
+def test_an_update_asks_hosts_for_the_driver_that_the_new_stack_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts.toml").write_text(HOSTS)
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    drivers, asked = {"enough": "595.45.04", "older": "580.95.05", "silent": ""}, set[str]()
+
+    @contextmanager
+    def connect(target: Target, *_: object, **__: object) -> Iterator[Any]:
+        asked.add(target.name)
+        if target.name not in drivers:
+            raise ConnectError("unreachable", "no route")
+        facts = msgspec.to_builtins(replace(plans.FRESH, driver=drivers[target.name]))
+        yield SimpleNamespace(call=lambda *_, **__: facts)
+
+    monkeypatch.setattr(connection, "connect", connect)
+    old = release(tiny(tmp_path / "comfyui"), application().version, stacks=stacks())
+    new = msgspec.structs.replace(stacks()["cu130"], torch="2.15.0", cuda="13.2", driver="595.45.04")
+    found = hosts_preview.of_update(old, replace(old, version="0.46.0", stacks={**stacks(), "cu130": new}))
+    assert asked == {"enough", "older", "silent", "away"}
+    assert {host: (each.fits, each.needs) for host, each in found.drivers.items()} == {
+        "enough": (True, "595.45.04"), "older": (False, "595.45.04"), "silent": (None, "595.45.04"),
+    }  # fmt: skip
+    assert [name for name in found.unknown if name.startswith("driver")] == ["driver of away"]
+    assert found.unfit.keys() == {"other"}
+    assert "cu124" in found.unfit["other"]
+    assert "2 hosts cannot run it" in report.summary(Proposal(preview=found), None, [])
+    asked.clear()
+    assert hosts_preview.of_update(old, old).drivers == {}
+    assert asked == set()
 
 
 @pytest.mark.parametrize("kind", ["stopped", "no source", "damaged", "other manifest"])

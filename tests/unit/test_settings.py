@@ -17,9 +17,9 @@ from agent.look import access as devices
 from agent.schema.change import Set, Unset
 from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.schema.settings import Access, Applied, Node, Seen, State
-from deploy import plan
+from deploy import fleet, plan
 from deploy.facts import Facts, Gpu
-from ops import access, fleet, mps, tuning
+from ops import access, mps, tuning
 from tests.errors import raises
 from tests.plans import FRESH, kinds, reasons, running, spark, values
 

@@ -31,10 +31,16 @@ class Answer(Generic[T]):
 
 
 def ask_each(
-    names: Sequence[str], ask: Callable[[Agent, Target], T], *, ask_sudo: bool = False, seconds: float = 10
+    names: Sequence[str],
+    ask: Callable[[Agent, Target], T],
+    *,
+    ask_sudo: bool = False,
+    seconds: float = 10,
+    limited: bool = False,
 ) -> list[Answer[T]]:
     """Ask all hosts in parallel and return their answers in the order of `names`, after at most `seconds`.
 
+    A single host has no time-out after it is reached, unless `limited`.
     With `ask_sudo`, asks them one by one without a time-out, because the terminal prompts for a password.
     """
     answers: dict[str, Answer[T]] = {}
@@ -47,7 +53,7 @@ def ask_each(
         except HearthError as error:
             answers[name] = Answer(name, None, error)
 
-    if ask_sudo or len(names) == 1:
+    if ask_sudo or (len(names) == 1 and not limited):
         for name in names:
             one(name)
     else:  # daemon threads: one that still waits for a host must not delay the exit
