@@ -100,8 +100,8 @@ class Preview(msgspec.Struct, frozen=True, kw_only=True):
 
     ComfyUI makes the `migrations` of its database when it starts; it does not start with a database that had one of
     `newer`, which the older release has made. A ComfyUI without migrations starts with every database: `restores` says
-    that a rollback needs the database from before. `drivers` are by host; so is `unfit`, why a host's stack does not run
-    the new ComfyUI.
+    that a rollback needs the database from before. `drivers` are by host; so is `unfit`: why the stack of a host does
+    not run the new ComfyUI.
     """
 
     old: str

@@ -28,6 +28,8 @@ EDITOR = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}
 """Node types of the editor itself, which ComfyUI never receives."""
 
 VIRTUAL = {
+    "ComfyUI-Crystools": r"Show Metadata \[Crystools\]",
+    "comfy_mtb": r"Note Plus \(mtb\)",
     "rgthree-comfy": r"(Bookmark|Fast \w+ ?\w*|Label|Mute / Bypass \w+|Node Co\w+|Random Unmuter|Reroute) \(rgthree\)",
     "ComfyUI-KJNodes": r"[GS]etNode",
     "ComfyUI-Easy-Use": r"easy [gs]etNode",
@@ -212,11 +214,14 @@ def _type(name: Any) -> str:
     return name
 
 
-def _editor_nodes(graph: dict[str, Any], prefix: str = "", outer: Set[str] = frozenset()) -> Iterator[Node]:
-    """The nodes of a graph in the editor's format, and of its subgraphs and group nodes."""
+def _editor_nodes(
+    graph: dict[str, Any], prefix: str = "", outer: Set[str] = frozenset(), *, muted: bool = False
+) -> Iterator[Node]:
+    """The nodes of a graph in the editor's format, and of its subgraphs and group nodes, which a muted node mutes."""
     inner = {str(each["id"]): each for each in (graph.get("definitions") or {}).get("subgraphs") or ()}
     groups = (graph.get("extra") or {}).get("groupNodes") or {}
-    defined = {*outer, *inner, *(f"workflow{mark}{name}" for name in groups for mark in ">/")}
+    named = {f"workflow{mark}{name}": each for name, each in groups.items() for mark in ">/"}
+    defined, used = {*outer, *inner, *named}, _used(graph, {**inner, **named})
     sources = {}
     for each in graph.get("links") or ():
         link, node, slot = (each["id"], each["origin_id"], each["origin_slot"]) if isinstance(each, dict) else each[:3]
@@ -230,12 +235,29 @@ def _editor_nodes(graph: dict[str, Any], prefix: str = "", outer: Set[str] = fro
                 {each["name"]: sources.get(each["link"]) for each in inputs if each.get("link") is not None},
                 node.get("widgets_values") or [],
                 [each["widget"]["name"] for each in inputs if each.get("widget")],
-                node.get("mode") in (2, 4),
+                muted or node.get("mode") in _MUTED,
             )
-    for each in inner.values():
-        yield from _editor_nodes(each, f"{prefix}{each.get('name') or each['id']}/", defined)
+    for key, each in inner.items():
+        off = muted or key not in used
+        yield from _editor_nodes(each, f"{prefix}{each.get('name') or key}/", defined, muted=off)
     for name, each in groups.items():
-        yield from _editor_nodes(_group(each), f"{prefix}{name}/", defined)
+        off = muted or not used & {f"workflow>{name}", f"workflow/{name}"}
+        yield from _editor_nodes(_group(each), f"{prefix}{name}/", defined, muted=off)
+
+
+_MUTED = (2, 4)
+"""The editor's modes of nodes that do not run: never, and bypassed."""
+
+
+def _used(graph: dict[str, Any], inner: Mapping[str, dict[str, Any]]) -> set[str]:
+    """The subgraphs and group nodes that run: a node that is not muted stands for them, also inside another one."""
+    found, waiting = set[str](), [graph]
+    while waiting:
+        types = {each.get("type") for each in waiting.pop()["nodes"] if each.get("mode") not in _MUTED}
+        fresh = (types & inner.keys()) - found
+        found |= fresh
+        waiting += [inner[each] for each in fresh]
+    return found
 
 
 def _group(stored: dict[str, Any]) -> dict[str, Any]:

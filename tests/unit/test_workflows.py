@@ -196,6 +196,24 @@ def test_muted_nodes_need_nothing(tmp_path: Path, mode: int, muted: bool) -> Non
     assert workflows.Report("a", tuple(findings)).breaks != muted
 
 
+@pytest.mark.parametrize("modes", [(2, 0), (0, 4), (4, 4)])
+@pytest.mark.parametrize("graph", [SUBGRAPH, GROUP], ids=["subgraph", "group"])
+def test_what_is_inside_of_muted_nodes_is_muted(tmp_path: Path, graph: dict[str, Any], modes: tuple[int, int]) -> None:
+    changed = json.loads(json.dumps(graph))
+    outer = (
+        changed["nodes"][:2]
+        if graph is GROUP
+        else [changed["nodes"][0], *changed["definitions"]["subgraphs"][0]["nodes"]]
+    )
+    for node, mode in zip(outer, modes, strict=False):
+        node["mode"] = mode
+    states = {node.id: node.muted for node in read(tmp_path, changed)}
+    if graph is GROUP:  # two nodes stand for it
+        assert states["mine/2"] == all(modes)
+    else:
+        assert (states["Outer/6"], states["Inner/7"]) == (bool(modes[0]), any(modes))
+
+
 @pytest.mark.parametrize(
     ("name", "pack"),
     [
@@ -207,6 +225,8 @@ def test_muted_nodes_need_nothing(tmp_path: Path, mode: int, muted: bool) -> Non
         ("Fast Groups Bypasser (rgthree)", "rgthree-comfy"),
         ("Mute / Bypass Repeater (rgthree)", "rgthree-comfy"),
         ("Node Collector (rgthree)", "rgthree-comfy"),
+        ("Note Plus (mtb)", "comfy_mtb"),
+        ("Show Metadata [Crystools]", "ComfyUI-Crystools"),
         ("Seed (rgthree)", ""),  # Python defines it
     ],
 )
