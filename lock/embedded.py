@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,11 +20,16 @@ _START = re.compile(rb'\{\s*"[^"\\\x00-\x1f\x7f-\xff]{1,200}"\s*:\s*["\[{\d]')
 def objects(raw: Any) -> Iterator[Any]:
     """The JSON objects in a binary file.
 
-    PNG, WebP, SVG, EXR, MP4, WebM, FLAC, MP3, Opus, glTF and safetensors keep a workflow as plain JSON. Nothing else of
-    the file, which may be hostile, is decoded.
+    PNG, WebP, SVG, EXR, MP4, WebM, FLAC, MP3, Opus, glTF and safetensors keep a workflow as plain JSON; programs that
+    edit a PNG may compress it. Nothing else of the file, which may be hostile, is decoded.
     """
     if raw[:4] == b"OggS":
         raw = b"".join(_pages(raw))
+    for part in (raw, *(_compressed(raw) if raw[:4] == b"\x89PNG" else ())):
+        yield from _objects(part)
+
+
+def _objects(raw: Any) -> Iterator[Any]:
     at, left, decoder = 0, 10 * TEXT, json.JSONDecoder()  # `left`: what may still be decoded in vain
     while left > 0 and (match := _START.search(raw, at)):
         at = match.start() + 1
@@ -48,3 +55,23 @@ def _pages(raw: Any) -> Iterator[bytes]:
         at += 27 + len(sizes)
         yield raw[at : at + sum(sizes)]
         at += sum(sizes)
+
+
+def _compressed(raw: Any) -> Iterator[bytes]:
+    """The compressed texts of a PNG: of at most TEXT bytes together."""
+    at, left = 8, TEXT
+    while left > 0 and len(head := raw[at : at + 8]) == 8:
+        size, kind = int.from_bytes(head[:4], "big"), head[4:]
+        _, _, rest = raw[at + 8 : at + 8 + min(size, TEXT)].partition(b"\0") if kind in _TEXTS else (b"", b"", b"")
+        at += 12 + size
+        packed = rest[1:] if kind == b"zTXt" else b""
+        if kind == b"iTXt" and rest[:1] == b"\1":
+            packed = rest[2:].split(b"\0", 2)[-1]  # after the language and the translated name
+        if packed:
+            with suppress(zlib.error):
+                text = zlib.decompressobj().decompress(packed, left)
+                left -= len(text)
+                yield text
+
+
+_TEXTS = (b"zTXt", b"iTXt")

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_workflows_in_other_files(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "file").write_bytes(raw)
     (graph,) = workflows.read(tmp_path / "file")
     assert [node.type for node in graph][:2] == ["EmptyImage", "SaveImage"]
+
+
+def test_compressed_texts_of_a_png(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + b"\0\0\0\0"
+
+    packed, bomb = zlib.compress(json.dumps(EDITOR).encode()), zlib.compress(bytes(200_000_000))
+    for text in (chunk(b"zTXt", b"workflow\0\0" + packed), chunk(b"iTXt", b"workflow\0\1\0de\0Ablauf\0" + packed)):
+        (tmp_path / "a.png").write_bytes(PNG[:33] + chunk(b"zTXt", b"broken\0\0x") + text + PNG[33:])
+        assert workflows.read(tmp_path / "a.png") == [read(tmp_path, EDITOR)]
+    (tmp_path / "a.png").write_bytes(PNG[:33] + chunk(b"zTXt", b"workflow\0\0" + bomb) + PNG[33:])
+    with raises("config"):
+        workflows.read(tmp_path / "a.png")
 
 
 def test_sound_with_a_workflow_that_spans_pages(tmp_path: Path) -> None:
