@@ -42,7 +42,8 @@ class Node(msgspec.Struct):
 
     `links` are its connected inputs with the node and output that each comes from, None if that is not a node with a
     type of its own. `values` are its inputs by name; in the editor's format they are a list, of which `names` are the
-    names as far as the file has them. `muted` says that the node is muted or bypassed.
+    names as far as the file has them. `muted` nodes may be bypassed instead; inputs of `grouped` ones that are not
+    connected may be those of their group node.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Node(msgspec.Struct):
     names: list[str] = []
     muted: bool = False
     api: bool = False
+    grouped: bool = False
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -236,6 +238,7 @@ def _editor_nodes(
                 node.get("widgets_values") or [],
                 [each["widget"]["name"] for each in inputs if each.get("widget")],
                 muted or node.get("mode") in _MUTED,
+                grouped=graph.get("grouped") is True,
             )
     for key, each in inner.items():
         off = muted or key not in used
@@ -270,7 +273,7 @@ def _group(stored: dict[str, Any]) -> dict[str, Any]:
     for source, slot, target, at, *_ in stored.get("links") or ():
         nodes[target]["inputs"][at]["link"] = len(links)
         links.append([len(links), source, slot])
-    return {"nodes": nodes, "links": links}
+    return {"nodes": nodes, "links": links, "grouped": True}
 
 
 def pack(node_type: str) -> str:
@@ -362,7 +365,7 @@ def _inputs(node: Node, kind: NodeType, values: Mapping[str, Any], connectable: 
     if kind.complete:
         yield from (("input", name, "") for name in sorted(used) if not _input(kind, name))
     for name, each in kind.inputs.items():
-        needed = node.api or (not each.widget and bool(connectable & {*each.type.split(",")}))
+        needed = node.api or not (node.grouped or each.widget or connectable.isdisjoint(each.type.split(",")))
         if each.required and not each.open and name not in used and needed:
             yield "required", name, each.type
 

@@ -180,6 +180,8 @@ GROUP = {
                     {"type": "EmptyImage", "widgets_values": [8, 8, 1, 0]},
                     {"type": "SaveImage", "inputs": [{"name": "images", "link": 99}], "widgets_values": ["a"]},
                     {"type": "Gone"},
+                    {"type": "InvertMask", "inputs": [{"name": "mask", "link": None}]},  # an input of the group
+                    {"type": "KSampler"},
                 ],
                 "links": [[0, 0, 1, 0, 1, "IMAGE"]],
             }
