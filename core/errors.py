@@ -272,6 +272,7 @@ def os_error(error: OSError) -> HearthError | None:
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return a "did you mean" hint for an unknown name: the nearest known one, and all of them if they are few."""
     names = sorted(known)
-    close = get_close_matches(name, names, n=1)
+    longer = [each for each in names if name and re.match(rf"{re.escape(name)}(?!\w)", each)]  # 0.30 means 0.30.0
+    close = longer or get_close_matches(name, names, n=1)
     start = [f"perhaps you meant {close[0]!r}"] if close else []
     return "; ".join([*start, f"known: {', '.join(names)}"] if len(names) <= 20 or not close else start)

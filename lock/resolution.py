@@ -62,7 +62,7 @@ def compile_all(*, check: bool, newest: str = "") -> list[str]:
                 files.write(app.path / "locks" / f"{each.name}.txt", each.text)
             for path in (app.path / "locks").glob("*.txt"):
                 if path.stem not in lists:
-                    console.say(f"removed {path}: no stack needs it for ComfyUI {app.version}")
+                    console.say(f"removed {path.stem}: its stack does not run ComfyUI {app.version}")
                     path.unlink()
         done |= {f"{applications.label(app)}{name}": each for name, each in lists.items()}
     for line in dict.fromkeys(line for name, each in done.items() for line in _remarks(name, each)):
@@ -79,14 +79,20 @@ def compiled(app: Application, known: Catalogue, *, newest: str = "") -> list[Lo
     if not stale:
         return []
     asked, said = requirements.requirement_inputs(app, known), dict[str, str]()
+    for stack in {old.stack: stack for stack, old, _ in stale}.values():
+        _check_torch(app, stack, asked[APP])
     with (
         console.Progress("resolving", len(stale), len(stale)) as progress,
         ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,  # uv uses one core to resolve
     ):
-        for done in as_completed([pool.submit(_renewed, *each, asked, known, newest) for each in stale]):
-            lock, reasons = done.result()
-            lists[lock.name], said = lock, said | reasons
-            progress.step(f"{lock.name}: ComfyUI {app.version} and {counted(len(known.nodes), 'node')}", 1, 0)
+        jobs = [pool.submit(_renewed, *each, asked, known, newest) for each in stale]
+        try:
+            for done in as_completed(jobs):
+                lock, reasons = done.result()
+                lists[lock.name], said = lock, said | reasons
+                progress.step(f"{lock.name}: ComfyUI {app.version} and {counted(len(known.nodes), 'node')}", 1, 0)
+        finally:  # after an error, no other list matters
+            pool.shutdown(wait=False, cancel_futures=True)
     _check([*lists.values()], said)
     for name in sorted(_idle(app, known, lists, stale, asked)):
         console.say(f"warning: [override] of nodes.toml has {name}, which nothing requires")
@@ -105,6 +111,20 @@ def _examined(app: Application, known: Catalogue) -> tuple[dict[str, LockedList]
         if not old.text.startswith(first) or _problems(old):
             stale.append((stack, old, first))
     return lists, stale
+
+
+def _check_torch(app: Application, stack: Stack, asked: Iterable[str]) -> None:
+    """Raise LockError if ComfyUI requires another torch than its stack has; uv is told to ignore that."""
+    pinned = dict(each.split("==") for each in requirements.trio(stack))
+    for each in filter(None, map(requirements.parsed, asked)):
+        version = pinned.get(canonicalize_name(each.name))
+        if version and not each.specifier.contains(version, prereleases=True):
+            raise LockError(
+                "resolution",
+                f"ComfyUI {app.version} requires {each}, and the stack {stack.name} has {version}",
+                hint=f'move the stack: inv update stack. Or exclude it: comfyui = "<{app.version}" below '
+                f"[{stack.name}] in config/stacks.toml",
+            )
 
 
 def _renewed(
@@ -238,9 +258,13 @@ class Resolver:
         """The list, which begins with the nodes that it lacks, and uv's explanation for each; raises LockError."""
         said = {file: reason for file in self.nodes if (reason := self.unfit(file))}
         done = self._resolve_all(said)
-        alone = {} if done.returncode == 0 else self._each(lambda file: [APP, OWN, file])
+        alone: dict[str, Done] = {}
+        if done.returncode:
+            if (own := self._uv([APP, OWN])).returncode:
+                raise self._impossible(own)
+            alone = self._each(lambda file: [APP, OWN, file])
         fresh = {file: each.stderr for file, each in alone.items() if _UNSOLVABLE in each.stderr}
-        if fresh and f"{MANAGER}.node.txt" not in fresh and self._uv([APP, OWN]).returncode == 0:
+        if fresh and f"{MANAGER}.node.txt" not in fresh:
             said |= fresh
             done = self._resolve_all(said)
         if done.returncode:
@@ -297,18 +321,30 @@ class Resolver:
                 return f"{requirement.url} is not for {self.platform.value}, Python {python}"
         return ""
 
+    def _impossible(self, done: Done) -> LockError:
+        """The error for uv's failure with ComfyUI alone, without any node."""
+        what, hint = f"uv did not finish {self.old.name}", "free some memory, then run the same command again"
+        if _UNSOLVABLE in done.stderr:
+            what = f"no set of versions meets the requirements of ComfyUI itself ({self.old.name})"
+            hint = f"set the package below [override.PACKAGE] of {nodes.catalogue_file()}, with a reason"
+        elif done.returncode > 0:
+            what, hint = f"uv could not resolve {self.old.name}", "check the network and the index"
+        return LockError("resolution", what, cause=self._cause(done), hint=hint)
+
+    def _cause(self, done: Done) -> str:
+        said = shell.last_words(done, 100).replace(".node.txt", "")
+        return "\n".join([said, *(f"avoided: {each}" for each in self.avoided.values())])
+
     def _conflict(self, done: Done, bad: Sequence[str]) -> LockError:
         if done.returncode < 0:
-            what, hint = f"uv did not finish {self.old.name}", "free some memory, then run the same command again"
-            return LockError("resolution", what, cause=shell.last_words(done), hint=hint)
+            return self._impossible(done)
         without = self._each(lambda file: [APP, OWN, *(each for each in self.nodes if each != file)])
         names = [file.removesuffix(".node.txt") for file in bad]
         helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
-        cause = shell.last_words(done, 100).replace(".node.txt", "")
         return LockError(
             "resolution",
             f"no set of versions meets all requirements of ComfyUI and its nodes ({self.old.name})",
-            cause="\n".join([cause, *(f"avoided: {each}" for each in self.avoided.values())]),
+            cause=self._cause(done),
             hint=(f"not available even alone: {', '.join(names)}. " if names else "")
             + (
                 f"it resolves without {' or without '.join(helps)}: move it to [left-out]"

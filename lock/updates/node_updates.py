@@ -177,7 +177,8 @@ def together(failures: Mapping[str, Exception]) -> HearthError:
     kinds = {(type(error), error.kind) for error in failures.values() if isinstance(error, HearthError)}
     same = len(kinds) == 1 and all(isinstance(error, HearthError) for error in failures.values())
     found, kind = kinds.pop() if same else (SourceError, "nodes")
-    said = {name: getattr(error, "cause", "").partition("\n")[0] for name, error in failures.items()}
+    lines = {name: getattr(error, "cause", "").splitlines() for name, error in failures.items()}
+    said = {name: next((x for x in each if not x.startswith("warning:")), "") for name, each in lines.items()}
     causes = [
         f"{name}: {getattr(error, 'what', error)}" + f": {said[name]}" * bool(said[name])
         for name, error in failures.items()

@@ -117,11 +117,28 @@ def problems(app: Application, version: str, commit: str, date: datetime, wanted
     if wanted.before and date > wanted.before:
         return [f"of {date:%Y-%m-%d}: younger than the cool-down"]
     bad = [each for each in advisory.of(origin(app).git, advisory.advisories()) if each.has(version)]
-    listed = requirement_files.read(_lists(app, commit))
+    try:
+        listed = _required(app, commit)
+    except (SourceError, ConfigError) as error:
+        if error.kind == "source-unreachable":
+            raise
+        return [f"{error.what}: {error.cause}"]
     asked = filter(None, map(requirements.parsed, (*listed.requirements, *listed.constraints)))
     pins = [each for each in asked if re.fullmatch(r"==[^,*]+", str(each.specifier))]
     exact: dict[str, str] = {canonicalize_name(each.name): str(each.specifier)[2:] for each in pins}
     return [*(f"{each.what} ({each.source})" for each in bad), *(each.said for each in advisory.bad_packages(exact))]
+
+
+def _required(app: Application, commit: str) -> requirement_files.Listed:
+    """What ComfyUI requires at a commit; raises SourceError, and ConfigError for files that cannot be read."""
+    if not (found := requirement_files.read(_lists(app, commit))).requirements:
+        raise _other(origin(app).git, commit, "its requirements.txt names no packages")
+    return found
+
+
+def _other(url: str, commit: str, cause: str) -> SourceError:
+    hint = "choose another version with --to, or another repository in app.toml"
+    return SourceError("not-comfyui", f"{url} is not a ComfyUI at commit {commit[:9]}", cause=cause, hint=hint)
 
 
 def _lists(app: Application, commit: str) -> Path:
@@ -134,12 +151,7 @@ def _requirements(at: source.Source) -> source.Pinned:
     """The pinned requirements files of a source; raises SourceError for another program than ComfyUI."""
     names = _names(at)
     if missing := sorted({"main.py", "nodes.py", "folder_paths.py", "requirements.txt", "comfy/cli_args.py"} - names):
-        raise SourceError(
-            "not-comfyui",
-            f"{at.git} is not a ComfyUI at commit {at.commit[:9]}",
-            cause=f"it lacks {', '.join(missing)}",
-            hint="choose another version with --to, or another repository in app.toml",
-        )
+        raise _other(at.git, at.commit, f"it lacks {', '.join(missing)}")
     paths = (*(each for each in names if re.fullmatch(r"[^/]*\.txt|(?:requirements|constraints)[^/]*/.*", each)),)
     recipe = source.Pinned(name="requirements", version=at.commit[:9], source=(at,), tree="", paths=paths)
     return source.pin(recipe)
@@ -173,6 +185,7 @@ def moved_tag(app: Application, known: Mapping[str, str]) -> str:
 def _pinned(app: Application, version: str, commit: str) -> Application:
     """The application at a commit: its paths, manager and tree."""
     at = msgspec.structs.replace(origin(app), commit=commit)
+    _required(app, commit)
     names, lists = _names(at), _lists(app, commit)
     kept = [each for each in app.paths if any(name == each or name.startswith(f"{each}/") for name in names)]
     fresh = {each.partition("/")[0] for each in names} - {each.partition("/")[0] for each in app.paths}

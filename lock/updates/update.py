@@ -118,7 +118,10 @@ TRIED = 4
 
 def _fitting(wanted: Request, failed: Move) -> str:
     """The newest ComfyUI between the pinned one and one that cannot be resolved, as a hint."""
-    older = [*islice(releases.between(failed.old, failed.new, wanted), TRIED)]
+    try:
+        older = [*islice(releases.between(failed.old, failed.new, wanted), TRIED)]
+    except HearthError as error:
+        return f"older versions were not tried: {error.what}"
     for each in older:
         console.say(f"ComfyUI {failed.new} cannot be resolved; trying {each}")
         try:

@@ -243,9 +243,13 @@ def test_what_does_not_fit_changes_nothing(own: Checkout) -> None:
     own.tag("0.31.0")
     own.tag("0.32.0", requirements__txt="six==2\nneeds\n")
     own.tag("0.33.1", requirements__txt="nothing-of-this-name\n")
+    own.tag("0.33.2", requirements__txt="torch>=99\nsix\n")
     before = own.texts()
-    with raises("resolution", match="no set of versions") as raised:
+    with raises("resolution", match=r"requires torch>=99, and the stack cu130 has 2\.14\.0") as raised:
         own.update("comfyui")
+    assert 'comfyui = "<0.33.2"' in raised.value.hint
+    with raises("resolution", match="no set of versions") as raised:
+        own.update("comfyui", "0.33.1")
     assert "nothing-of-this-name" in raised.value.cause
     assert "the newest version that fits: inv update comfyui --to 0.31.0" in raised.value.hint
     assert str(own.root) in raised.value.hint  # not the draft
@@ -269,12 +273,18 @@ def test_tags_that_were_moved_or_deleted(own: Checkout) -> None:
 
 
 def test_what_is_no_comfyui_is_refused(own: Checkout) -> None:
-    own.git("rm", "--quiet", "requirements.txt", "nodes.py")
-    own.tag("0.31.0")
     before = own.texts()
-    with raises("not-comfyui") as raised:
-        own.update("comfyui")
-    assert raised.value.cause == "it lacks nodes.py, requirements.txt"
+    own.tag("0.31.0", requirements__txt="# nothing\n")
+    own.git("rm", "--quiet", "requirements.txt", "nodes.py")
+    own.tag("0.32.0")
+    for version, cause in (("0.31.0", "its requirements.txt names no packages"), ("0.32.0", "it lacks nodes.py, req")):
+        with raises("not-comfyui") as raised:
+            own.update("comfyui", version)
+        assert raised.value.cause.startswith(cause)
+    made = own.update("comfyui")
+    assert made.moves == []
+    assert [each.split(":")[0] for each in made.skipped] == ["ComfyUI 0.32.0", "ComfyUI 0.31.0"]
+    assert "it lacks nodes.py" in made.skipped[0]
     shutil.rmtree(own.place / "upstream")
     with raises("source-unreachable"):
         own.update("comfyui")
