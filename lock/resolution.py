@@ -121,7 +121,7 @@ def _check_torch(app: Application, stack: Stack, asked: Iterable[str]) -> None:
         if version and not each.specifier.contains(version, prereleases=True):
             raise LockError(
                 "resolution",
-                f"ComfyUI {app.version} requires {each}, and the stack {stack.name} has {version}",
+                f"{each} is required, and the stack {stack.name} has {version}",
                 hint=f'move the stack: inv update stack. Or exclude it: comfyui = "<{app.version}" below '
                 f"[{stack.name}] in config/stacks.toml",
             )

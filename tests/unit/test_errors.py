@@ -56,3 +56,12 @@ def test_every_kind_is_explained() -> None:
     for each in CLASSES.values():
         assert each.kinds
         assert all(meaning.endswith(".") for meaning in each.kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("0.30", "0.30.0"), ("0.3", "0.3.64"), ("0.30.1", "0.30.0"), ("spark", "spark-2"), ("latest", "")],
+)
+def test_a_name_without_its_end_is_the_nearest(name: str, near: str) -> None:
+    said = errors.suggest(name, ["0.3.64", "0.39.0", "0.30.0", "0.33.0", "spark-2", "sparks"])
+    assert said.startswith(f"perhaps you meant {near!r}" if near else "known: ")

@@ -245,7 +245,7 @@ def test_what_does_not_fit_changes_nothing(own: Checkout) -> None:
     own.tag("0.33.1", requirements__txt="nothing-of-this-name\n")
     own.tag("0.33.2", requirements__txt="torch>=99\nsix\n")
     before = own.texts()
-    with raises("resolution", match=r"requires torch>=99, and the stack cu130 has 2\.14\.0") as raised:
+    with raises("resolution", match=r"torch>=99 is required, and the stack cu130 has 2\.14\.0") as raised:
         own.update("comfyui")
     assert 'comfyui = "<0.33.2"' in raised.value.hint
     with raises("resolution", match="no set of versions") as raised:
