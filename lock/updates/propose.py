@@ -133,6 +133,11 @@ def _tree(base: str, record: Record) -> str:
 
 def _replaceable(branch: str, tree: str) -> str:
     """The commit of a branch that may be replaced; empty if there is no branch. Raises RefusedError."""
+    first = branch.partition("/")[0]
+    names = _git("for-each-ref", "--format=%(refname:lstrip=2)", f"refs/heads/{first}").stdout.splitlines()
+    if other := next((each for each in names if each == first or each.startswith(f"{branch}/")), ""):
+        hint = f"rename it: git branch -m {other} NAME"
+        raise RefusedError("refused", f"git cannot have the branch {branch} beside the branch {other}", hint=hint)
     form = "%(objectname) %(tree) %(worktreepath)%0a%(contents)"
     found = _git("for-each-ref", f"--format={form}", f"refs/heads/{branch}").stdout
     if not found:

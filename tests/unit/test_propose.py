@@ -201,12 +201,13 @@ def test_only_an_unedited_proposal_is_replaced(newer: Mine) -> None:
         assert newer.git("rev-parse", BRANCH) == tip
 
 
-def test_a_branch_of_somebody_else_stays(newer: Mine) -> None:
-    newer.git("branch", BRANCH)
+@pytest.mark.parametrize("name", [BRANCH, "update", f"{BRANCH}/mine"])
+def test_a_branch_of_somebody_else_stays(newer: Mine, name: str) -> None:
+    newer.git("branch", name)
     before = newer.state()
     with raises("refused"):
         newer.propose()
-    assert newer.git("rev-parse", BRANCH) == newer.git("rev-parse", "main")
+    assert newer.git("rev-parse", name) == newer.git("rev-parse", "main")
     assert (newer.state(), newer.output.exists()) == (before, False)
 
 
