@@ -181,6 +181,10 @@ def _project(tree: Path, found: Listed) -> None:
     except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits
         raise _unreadable(tree, "pyproject.toml", str(error)) from None
     found.requirements.extend(project.dependencies)
+    tables = (_at(table, each) for each in ("tool.poetry.dependencies", "tool.flit.metadata.requires"))
+    others = [each for listed in tables if isinstance(listed, (dict, list)) for each in listed if each != "python"]
+    if others and "dependencies" not in table.get("project", {}):
+        raise _unreadable(tree, "pyproject.toml", "its dependencies are in a form of Poetry's or Flit's own")
     if "dependencies" in project.dynamic:
         hatch = "tool.hatch.metadata.hooks.requirements_txt"
         places = ("tool.setuptools.dynamic.dependencies.file", f"{hatch}.files", f"{hatch}.filename")

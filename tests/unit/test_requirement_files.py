@@ -349,6 +349,9 @@ HATCH = '[project]\ndynamic = ["dependencies"]\n[tool.hatch.metadata.hooks.requi
         ('\ufeff[project]\ndependencies = ["one"]', ["one"]),
         ('[project]\nname = "x"', []),
         ("[tool.black]", []),
+        ('[tool.poetry.dependencies]\npython = "^3.9"', []),
+        ('[project]\ndependencies = ["one"]\n[tool.poetry.dependencies]\none = {source = "a"}', ["one"]),
+        ("[tool]\npoetry = 1\nflit = [1]", []),
         (SETUPTOOLS.format('"sub/deps.txt"'), ["dep>=1"]),
         (SETUPTOOLS.format('["sub/deps.txt", "more.txt"]'), ["dep>=1", "more"]),
         (HATCH, ["dep>=1"]),
@@ -368,6 +371,7 @@ def test_dependencies_of_a_project(tmp_path: Path, text: str, wanted: list[str])
         *('[project]\ndynamic = ["dependencies"]', '[project]\ndynamic = "dependencies"'),
         *(SETUPTOOLS.format('"none.txt"'), SETUPTOOLS.format('"../x.txt"'), SETUPTOOLS.format('{ attr = "a.b" }')),
         *(SETUPTOOLS.format("3"), SETUPTOOLS.format("[]"), SETUPTOOLS.format("[1]"), SETUPTOOLS.format("true")),
+        *('[tool.poetry.dependencies]\npython = "^3.9"\nsix = "^1"', '[tool.flit.metadata]\nrequires = ["six"]'),
         "[project]\ndependencies = ['\udcef']",
     ],
 )
