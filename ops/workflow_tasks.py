@@ -25,7 +25,7 @@ def check(_: Context, file: list[str], host: str = "", to: str = "", *, sudo: Su
     `config/workflows/`, and with `--host` also those saved on it. An unreadable file does not stop the others.
     How: docs/how-to/check-workflows.md
 
-        inv workflows.check --file flux.json --file '~/pictures/*.png'
+        inv workflows.check flux.json '~/pictures/*.png'
         inv workflows.check --host spark                                # those saved on spark
         inv workflows.check --to 0.31.0
     """
