@@ -15,7 +15,7 @@ from packaging.version import Version
 from core import files, lockfile, shell, tools, workspace
 from core.config import table
 from core.errors import LockError
-from core.stack import Platform, stacks
+from core.stack import Platform, find_stack, stacks
 from lock.updates import upstream
 from lock.updates.proposal import Move
 
@@ -64,14 +64,14 @@ COMPANIONS = ("torchvision", "torchaudio")
 def move_stacks(wanted: Request, made: Proposal) -> None:
     """Move every stack's torch and compiler to the newest for its CUDA; with a version, only those that it fits."""
     found: dict[str, dict[str, str]] = {}
-    failed: list[LockError] = []
+    failed: dict[str, LockError] = {}
     for stack in stacks().values():
         try:
             found[stack.name] = newer(stack, wanted)
         except LockError as error:
-            failed.append(error)
+            failed[stack.name] = error
     if failed and (not wanted.to or not found):
-        raise failed[-1]
+        raise failed.get(find_stack().name) or [*failed.values()][-1]
     before = pinned()
     _pin(found)
     path = workspace.current().checkout / "config/stacks.toml"
@@ -93,8 +93,10 @@ def newer(stack: Stack, wanted: Request) -> dict[str, str]:
     torch = f"torch=={wanted.to}" if wanted.to else f"torch>={now['torch']}"
     found = _solved(stack, [torch, *compiler], wanted)
     if found["torch"] != now["torch"]:
-        others = [f"{name}>={now[name]}" for name in COMPANIONS if name in now]
-        found |= _solved(stack, [f"torch=={found['torch']}", *others], wanted, "--resolution", "lowest-direct")
+        older = Version(found["torch"]) < Version(now["torch"])
+        others = [f"{name}{'<=' if older else '>='}{now[name]}" for name in COMPANIONS if name in now]
+        nearest = "highest" if older else "lowest-direct"
+        found |= _solved(stack, [f"torch=={found['torch']}", *others], wanted, "--resolution", nearest)
     return {name: found[name] for name, version in now.items() if found.get(name, version) != version}
 
 

@@ -312,6 +312,15 @@ def test_the_stack_moves_within_its_cuda(own: Checkout) -> None:
     assert own.moved("stack") == {"cu130 torch": "2.14.2", "cu130 torchvision": "0.29.2"}
 
 
+def test_the_stack_goes_back(own: Checkout) -> None:
+    own.publish("torch", "2.13.0", "cuda-toolkit==13.0.3")
+    for version in ("0.27.9", "0.28.0"):
+        own.publish("torchvision", version, "torch==2.13.0")
+    assert own.moved("stack", "2.13.0") == {"cu130 torch": "2.13.0", "cu130 torchvision": "0.28.0"}
+    with raises("resolution", match=r"torch==2\.12\.0 fits the stack cu130"):
+        own.update("stack", "2.12.0")
+
+
 def test_the_tool_moves_and_keeps_the_environments(own: Checkout) -> None:
     locks = {name: text for name, text in own.texts().items() if "/locks/" in name}
     for name in ("uv", "invoke"):
