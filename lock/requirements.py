@@ -102,6 +102,11 @@ class LockedList:
         reached = self._pinned.keys() if requesters is None else self._reached(requesters)
         return {name: version for name, version in self._pinned.items() if name in reached}
 
+    @property
+    def files(self) -> set[str]:
+        """The requirements files whose packages the list has."""
+        return {each for _, via in self._packages.values() for each in via if each.endswith(".txt")}
+
     def requesters(self, package: str) -> list[str]:
         """The packages and nodes that require a package."""
         return sorted(each.removesuffix(".node.txt") for each in self._packages[package][1])

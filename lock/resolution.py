@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -262,7 +263,7 @@ class Resolver:
         if done.returncode:
             if (own := self._uv([APP, OWN])).returncode:
                 raise self._impossible(own)
-            alone = self._each(lambda file: [APP, OWN, file])
+            alone = self._each(lambda file: [APP, OWN, file], self._suspects())
         fresh = {file: each.stderr for file, each in alone.items() if _UNSOLVABLE in each.stderr}
         if fresh and f"{MANAGER}.node.txt" not in fresh:
             said |= fresh
@@ -307,9 +308,18 @@ class Resolver:
         done = self._uv([APP, OWN, *(file for file in self.nodes if file not in lacking)])
         return names if done.returncode else names & replace(self.old, text=done.stdout).versions().keys()
 
-    def _each(self, chosen: Callable[[str], list[str]]) -> dict[str, Done]:
+    def _suspects(self) -> list[str]:
+        """The nodes that may have requirements that cannot be met: only new ones, if the others still fit together."""
+        known = set[str]()
+        with suppress(LockError):  # a damaged list
+            known = self.old.files
+        former = [file for file in self.nodes if file in known]
+        fit = former and self._uv([APP, OWN, *former]).returncode == 0
+        return [file for file in self.nodes if not (fit and file in former)]
+
+    def _each(self, chosen: Callable[[str], list[str]], nodes: Sequence[str]) -> dict[str, Done]:
         with ThreadPoolExecutor() as pool:
-            return dict(zip(self.nodes, pool.map(lambda file: self._uv(chosen(file)), self.nodes), strict=True))
+            return dict(zip(nodes, pool.map(lambda file: self._uv(chosen(file)), nodes), strict=True))
 
     def unfit(self, file: str) -> str:
         """Why a node cannot have a wheel that it pins by address; uv does not look at its tags."""
@@ -338,7 +348,7 @@ class Resolver:
     def _conflict(self, done: Done, bad: Sequence[str]) -> LockError:
         if done.returncode < 0:
             return self._impossible(done)
-        without = self._each(lambda file: [APP, OWN, *(each for each in self.nodes if each != file)])
+        without = self._each(lambda file: [APP, OWN, *(each for each in self.nodes if each != file)], self.nodes)
         names = [file.removesuffix(".node.txt") for file in bad]
         helps = [file.removesuffix(".node.txt") for file, each in without.items() if each.returncode == 0]
         return LockError(
