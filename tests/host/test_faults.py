@@ -367,8 +367,8 @@ def test_a_full_disk(deployed: Fleet, lacking: str, said: str) -> None:
     try:
         refused = deployed.deploy()
         app = deployed.comfyui(lacking, {})
-        recipe = (app / "app.toml").read_text().replace("1_700_000_000", "-9_000_000_000").replace("45_000", "-31_000")
-        (app / "app.toml").write_text(recipe)
+        recipe = re.sub(r"^size = .*$", "size = -9_000_000_000", (app / "app.toml").read_text(), flags=re.MULTILINE)
+        (app / "app.toml").write_text(re.sub(r"^files = .*$", "files = -36_000", recipe, flags=re.MULTILINE))
         full = deployed.deploy(HEARTH_APP=str(app))
     finally:
         deployed.configure()
