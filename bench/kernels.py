@@ -29,7 +29,7 @@ from core import files, source, workspace
 from core.stack import Platform, find_stack
 from kernels import toolchain
 from kernels.inspection import modules, unpacked
-from kernels.recipe import find_recipes, for_stack
+from kernels.recipe import Recipe, find_recipes, for_stack
 
 ARCH, PYTHON = "12.1", "3.11"
 CORES = len(os.sched_getaffinity(0))
@@ -63,6 +63,8 @@ def inv(*words: str) -> list[str]:
 
 def cuda_home(place: Path) -> Path:
     """A CUDA installation in the layout of upstream's setup.py: the locked compiler with the stack's headers."""
+    if place.exists():
+        return place
     stack = find_stack()
     compiler = toolchain.install_compiler(stack) / "nvidia/cu13"
     site = toolchain.install_stack(stack, Platform.local(), PYTHON) / "nvidia/cu13"
@@ -71,10 +73,10 @@ def cuda_home(place: Path) -> Path:
     return place
 
 
-def upstream(work: Path) -> tuple[Cost, Path]:
-    """Build SageAttention by its own setup.py bdist_wheel."""
+def upstream(recipe: Recipe, work: Path) -> tuple[Cost, Path]:
+    """Build the source of a recipe of SageAttention by its own setup.py bdist_wheel."""
+    work.mkdir()
     tree = work / "upstream"
-    recipe = for_stack(find_recipes("sageattention"), find_stack())
     first = recipe.source[0]
     git = ["git", "-C", str(tree)]
     tree.mkdir()
@@ -87,7 +89,7 @@ def upstream(work: Path) -> tuple[Cost, Path]:
         ["checkout", "-q", first.commit],
     ):
         subprocess.run([*git, *words], check=True)
-    home = cuda_home(work / "cuda")
+    home = cuda_home(work.parent / "cuda")
     chain = toolchain.describe(find_stack(), Platform.local(), PYTHON)
     venv = work / "venv"
     subprocess.run(["uv", "venv", "-q", "-p", chain.interpreter, venv], check=True)
@@ -101,9 +103,9 @@ def upstream(work: Path) -> tuple[Cost, Path]:
         "TORCH_CUDA_ARCH_LIST": ARCH,
         "MAX_JOBS": str(CORES),
         "EXT_PARALLEL": str(CORES),
-        # torch's headers declare aoti_torch_get_current_cuda_stream only with it; upstream sets it on Windows alone
-        "CXX_APPEND_FLAGS": "-DUSE_CUDA",
-        "NVCC_APPEND_FLAGS": "-DUSE_CUDA",
+        # The original asks for C++17, which torch's headers refuse. The fork defines USE_CUDA on Windows alone, and
+        # needs it for aoti_torch_get_current_cuda_stream.
+        **dict.fromkeys(("CXX_APPEND_FLAGS", "NVCC_APPEND_FLAGS"), f"-std={find_stack().cxx} -DUSE_CUDA"),
     }
     argv = [str(venv / "bin/python"), "setup.py", "bdist_wheel"]
     cost = measure(argv, cwd=tree, env=env, log=work / "upstream.log")
@@ -169,7 +171,7 @@ def one_edit(work: Path) -> tuple[Cost, Cost]:
     env = {**hearth_env(work), "HEARTH_RECIPES": str(work / "recipes")}
     log = work / "edit.log"
     measure(inv(*SAGE), cwd=files.CHECKOUT, env=env, log=log)
-    edited = folder / "src/csrc/qattn/sm89_qk_int8_sv_f8_accum_f32_attn.cu"
+    edited = folder / "src/csrc/qattn/sm89_qk_int8_sv_f8_accum_f32_fuse_v_scale_attn.cu"
     edited.write_text(edited.read_text() + "// edited\n")
     (target,) = (work / "cache/build").glob(f"sageattention-sm121a-*/obj/csrc/qattn/{edited.name}.o")
     before = target.stat().st_mtime_ns
@@ -231,19 +233,22 @@ def machine() -> str:
 
 
 def side_by_side(work: Path) -> str:
-    """SageAttention by upstream's setup.py and by Hearth."""
-    theirs, their_wheel = upstream(work)
+    """SageAttention by the setup.py of the original, by that of the fork, and by Hearth, which builds the fork."""
+    same = find_recipes("sageattention")
     ours, our_wheel = hearth(work)
-    theirs_code, ours_code = kernel_functions(their_wheel), kernel_functions(our_wheel)
+    fork, fork_wheel = upstream(for_stack(same, find_stack()), work / "fork")
+    original, original_wheel = upstream(next(each for each in same if not each.stable_torch), work / "original")
+    code, fork_code = kernel_functions(our_wheel), kernel_functions(fork_wheel)
     return SIDE_BY_SIDE.format(
-        theirs=theirs,
+        original=original,
+        fork=fork,
         ours=ours,
-        wall=theirs.wall / ours.wall,
-        cpu=theirs.cpu / ours.cpu,
-        peak=theirs.peak / ours.peak,
-        functions=len(theirs_code),
-        our_functions=len(ours_code),
-        same=sum(theirs_code.get(name) == code for name, code in ours_code.items()),
+        wall=original.wall / ours.wall,
+        cpu=original.cpu / ours.cpu,
+        peak=original.peak / ours.peak,
+        functions=[len(kernel_functions(original_wheel)), len(fork_code), len(code)],
+        both=len(fork_code.keys() & code),
+        same=sum(fork_code.get(name) == each for name, each in code.items()),
     )
 
 
@@ -303,18 +308,20 @@ def main() -> None:
 SIDE_BY_SIDE = """\
 ## SageAttention 2.2.0 for 12.1 (x86_64, Python 3.11), clean build
 
-Upstream: the fork's `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores, which leaves out the
-module `_qattn_sm80` for 12.1. Hearth: `inv build-kernels`, which also builds that, and inspects and imports the wheel.
-The same nvcc, torch and g++.
+Original (thu-ml) and fork (woct0rdho): `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores.
+For 12.1 the fork's leaves out the module `_qattn_sm80`. Hearth: `inv build-kernels` with the default profile, which
+builds the fork with that module and without the kernels that its Python code never calls. Hearth also inspects and
+imports the wheel. The same nvcc, torch and g++.
 
-| | upstream | Hearth | upstream / Hearth |
-| --- | ---: | ---: | ---: |
-| wall, s | {theirs.wall:.0f} | {ours.wall:.0f} | {wall:.2f} |
-| CPU, s | {theirs.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} |
-| peak memory of one compile, MB | {theirs.peak:.0f} | {ours.peak:.0f} | {peak:.2f} |
+| | original | fork | Hearth | original / Hearth |
+| --- | ---: | ---: | ---: | ---: |
+| wall, s | {original.wall:.0f} | {fork.wall:.0f} | {ours.wall:.0f} | {wall:.2f} |
+| CPU, s | {original.cpu:.0f} | {fork.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} |
+| peak memory of one compile, MB | {original.peak:.0f} | {fork.peak:.0f} | {ours.peak:.0f} | {peak:.2f} |
+| kernel functions | {functions[0]} | {functions[1]} | {functions[2]} | |
 
-Machine code: upstream's wheel has {functions} kernel functions, Hearth's {our_functions}; {same} of them are
-identical byte by byte.
+Machine code: the fork's wheel and Hearth's have {both} kernel functions in common; {same} of them are identical byte by
+byte.
 """
 
 AFTERWARDS = """\

@@ -276,7 +276,7 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
     compiled = workspace.current().cache / "pycache"
     with unpacked(wheel) as folder:
         paths = {module: folder / build.module_file(module) for module in build.modules}
-        loads = [(module.name, str(path), _is_python(path, module)) for module, path in paths.items()]
+        loads = [(each.name, str(path), _is_python(path, each), each.functions) for each, path in paths.items()]
         required = [Requirement(each).name.replace("-", "_") for each in build.recipe.requires]
         functions = sorted({name for report in reports for name in report.from_driver})
         if any("libcuda.so.1" in report.needed for report in reports):
@@ -300,24 +300,30 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
     return Proof("passed", f"{done.stdout.strip().splitlines()[-1]}, {runner.label}")
 
 
-# Loads each module. The stack lacks packages that the recipe requires: a module whose own package needs one of them is
-# loaded by its path, without that package.
+# Loads each module, and looks for the functions and operators that its package calls. The stack lacks packages that the
+# recipe requires: a module whose own package needs one of them is loaded by its path, without that package.
 _LOAD = """
-import importlib.util as util, json, sys, torch
+import importlib, importlib.util as util, json, sys, torch
 operators = lambda: {*torch._C._dispatch_get_all_op_names()}
 first = operators()
 modules, required = json.loads(sys.argv[1])
-for name, path, python in modules:
-    before = operators()
+missing = []
+for name, path, python, functions in modules:
+    before, module = operators(), None
     try:
-        __import__(name) if python else torch.ops.load_library(path)
+        module = importlib.import_module(name) if python else torch.ops.load_library(path)
     except ModuleNotFoundError as error:
         if error.name not in required:
             raise
         spec = util.spec_from_file_location(name, path)
-        spec.loader.exec_module(util.module_from_spec(spec))
+        module = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     if not python and before == operators():
         sys.exit(f"{name} has neither an init function nor an operator")
+    names = {each.partition("::")[2].partition(".")[0] for each in operators() - first} | {*dir(module)}
+    missing += [f"{name} lacks {each}" for each in functions if each not in names]
+if missing:
+    sys.exit(", ".join(missing))
 more = len(operators() - first)
 print("imported with torch", torch.__version__, f"and registered {more} operators" if more else "")
 """

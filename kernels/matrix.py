@@ -173,10 +173,7 @@ class Build:
             "include": recipe.include,
             "flags": {"cxx": recipe.flags.cxx, "nvcc": recipe.flags.nvcc},
             "profile": [self.profile, chosen.defines if chosen else (), chosen.exclude if chosen else ()],
-            "modules": [
-                [msgspec.to_builtins(msgspec.structs.replace(each, archs=())), self.of(each).label]
-                for each in self.modules
-            ],
+            "modules": [[each.inputs, self.of(each).label] for each in self.modules],
             "abi": [recipe.abi, recipe.stable_torch and recipe.torch],
             "files": [recipe.root, recipe.files, recipe.exclude_files, recipe.license_files],
             "metadata": [

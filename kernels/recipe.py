@@ -7,7 +7,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
@@ -46,6 +46,7 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `kernels` (.cu) include no Python header, so one compile serves every Python version; `bindings` (.cpp) are
     compiled for each version. `kernels_include_python` compiles the kernels for each version, too. `libraries` are
     linked in addition to torch's and the CUDA runtime. `defines`, `flags` and `include` are added to the recipe's.
+    `functions` are the functions or operators that the package's Python files call: the import checks that they exist.
     Modules of one name must have different `archs`.
     """
 
@@ -58,6 +59,7 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defines: tuple[Define, ...] = ()
     include: tuple[Inside, ...] = ()
     flags: Flags = Flags()
+    functions: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -68,6 +70,12 @@ class Module(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def init(self) -> str:
         """The module name in its init function."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What changes its bytes: not for which other archs it is, and not what is looked for in it."""
+        fields = msgspec.to_builtins(self) | {"archs": ()}
+        return {name: value for name, value in fields.items() if name != "functions"}
 
 
 class Extra(Pinned, frozen=True, forbid_unknown_fields=True, kw_only=True):

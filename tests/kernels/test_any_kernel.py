@@ -40,10 +40,12 @@ kernels_include_python = true
 libraries = ["cublas"]
 defines = ["NAME=version number"]
 include = ["shared"]
+functions = ["_blas"]
 
 [[modules]]
 name = "any._operators"
 bindings = ["operators.cpp"]
+functions = ["same", "lost"]
 libraries = ["cuda"] # the driver, of which it calls nothing: a build machine has none
 """
 
@@ -84,7 +86,21 @@ def hearth(tmp_path_factory: pytest.TempPathFactory) -> Hearth:
     return hearth
 
 
+def edit(hearth: Hearth, name: str, old: str, new: str) -> None:
+    path: Path = hearth.recipes / "any" / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def test_a_function_that_the_package_calls_is_looked_for(hearth: Hearth) -> None:
+    done = hearth.inv(*BUILD)
+    assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
+    assert "any._operators lacks lost" in done.stderr
+    assert not [*hearth.wheelhouse.rglob("*.whl")]
+
+
 def test_a_library_and_operators_are_linked_inspected_and_loaded(hearth: Hearth) -> None:
+    edit(hearth, "recipe.toml", '"same", "lost"', '"same"')
     done = hearth.inv(*BUILD)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
@@ -93,12 +109,6 @@ def test_a_library_and_operators_are_linked_inspected_and_loaded(hearth: Hearth)
     assert modules["any._blas"]["sass"] == ["sm_89"]
     assert "libcuda.so.1" in modules["any._operators"]["needed"]
     assert "registered 1 operators" in found["imported"]["detail"]
-
-
-def edit(hearth: Hearth, name: str, old: str, new: str) -> None:
-    path: Path = hearth.recipes / "any" / name
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
 
 
 def test_a_module_that_breaks_the_promised_abi_is_refused(hearth: Hearth) -> None:

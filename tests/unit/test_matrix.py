@@ -40,7 +40,7 @@ def test_the_spark_gets_its_own_platform_and_stack(hearth: Hearth) -> None:
     found = [each["identifier"] for each in plan(hearth, "--arch", "12.1", "--python", "3.11")]
     assert found == [
         "flash-attn-2.8.3.post2-cu130-sm121-cp311-linux_aarch64-diffusion",
-        "sageattention-2.2.0-cu130-sm121a-cp310-abi3-linux_aarch64",
+        "sageattention-2.2.0-cu130-sm121a-cp310-abi3-linux_aarch64-lean",
         "tiny-0.1-cu130-sm121a-cp311-linux_aarch64-plain",
     ]
 
@@ -49,8 +49,8 @@ def test_archs_come_from_the_variable_when_none_is_named(hearth: Hearth) -> None
     words = ("--kernel", "sageattention", "--python", "3.11")
     found = plan(hearth, *words, TORCH_CUDA_ARCH_LIST="8.9 9.0a")
     assert [each["identifier"] for each in found] == [
-        "sageattention-2.2.0-cu130-sm89-cp310-abi3-linux_x86_64",
-        "sageattention-2.2.0-cu130-sm90a-cp310-abi3-linux_x86_64",
+        "sageattention-2.2.0-cu130-sm89-cp310-abi3-linux_x86_64-lean",
+        "sageattention-2.2.0-cu130-sm90a-cp310-abi3-linux_x86_64-lean",
     ]
 
 
@@ -67,9 +67,9 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
     parts = matrix.split(Request(arch="8.0;8.9", python="3.11,3.12", profile="full"))
     assert [(each.arch, each.kernel, each.profile) for each in parts] == [
         ("8.0", "flash-attn", "full"),
-        ("8.0", "sageattention", ""),
+        ("8.0", "sageattention", "full"),
         ("8.9", "flash-attn", "full"),
-        ("8.9", "sageattention", ""),
+        ("8.9", "sageattention", "full"),
         ("8.9", "tiny", ""),
     ]
     assert {each.python for each in parts} == {"3.11,3.12"}
@@ -100,7 +100,7 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
         (["--arch", "8.9", "--python", "3.9"], "recipe-support", "3.11, 3.12, 3.13, 3.14"),
         (["--arch", "8.9", "--stack", "cu124", "--platform", "linux_aarch64"], "recipe-support", "no CUDA build"),
         (["--arch", "8.9", "--kernel", "flash-attn", "--profile", "ful"], "unknown-name", "'full'"),
-        (["--arch", "8.9", "--kernel", "sageattention", "--profile", "full"], "unknown-name", "omit --profile"),
+        (["--arch", "8.9", "--kernel", "causal-conv1d", "--profile", "full"], "unknown-name", "omit --profile"),
         (["--arch", "8.9", "--kernel", "sageatention"], "unknown-name", "'sageattention'"),
         (["--arch", "8.9", "--stack", "cu13"], "unknown-name", "known: cu124, cu130, cu132"),
         (["--arch", "8.9", "--platform", "linux_arm64"], "unknown-name", "linux_aarch64"),
@@ -144,7 +144,7 @@ def versions(**request: Any) -> list[str]:
     ],
 )
 def test_one_build_for_each_target_or_for_all(arch: str, fat: bool, labels: list[str], archs: list[str]) -> None:
-    assert versions(arch=arch, fat=fat, kernel="sageattention") == labels
+    assert versions(arch=arch, fat=fat, kernel="sageattention") == [f"{each}.lean" for each in labels]
     builds, _ = select(Request(arch=arch, fat=fat, kernel="sageattention", python="3.11"))
     assert [build.arch for build in builds] == archs
 
@@ -183,17 +183,17 @@ def test_each_module_of_a_fat_wheel_has_only_its_archs() -> None:
 
 def test_there_is_no_ptx_that_runs_nowhere_else(said: list[str]) -> None:
     words = {"arch": "9.0+PTX"}
-    assert versions(kernel="sageattention", **words) == ["sm90a"]
+    assert versions(kernel="sageattention", **words) == ["sm90a.lean"]
     assert len([each for each in said if "compute_90a" in each]) == 1
     said.clear()
     assert versions(kernel="flash-attn", **words) == ["sm90.ptx.diffusion"]
-    assert versions(kernel="sageattention", arch="8.9+PTX") == ["sm89.ptx"]
+    assert versions(kernel="sageattention", arch="8.9+PTX") == ["sm89.ptx.lean"]
     assert not said
 
 
 def test_unknown_archs_of_the_variable_are_skipped(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", " 5.2 8.0; 10.0 11.0 Ada 12.0+PTX ")
-    assert versions(kernel="sageattention") == ["sm80", "sm120a"]
+    assert versions(kernel="sageattention") == ["sm80.lean", "sm120a.lean"]
     skipped = [each for each in said if each.startswith("TORCH_CUDA_ARCH_LIST=")]
     assert ["5.2" in skipped[0].partition("skipped")[2], "Ada" in skipped[1].partition("skipped")[2]] == [True, True]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "All")
