@@ -120,7 +120,8 @@ def hearth_env(work: Path) -> dict[str, str]:
         if not (cache / shared).exists():
             (workspace.current().cache / shared).mkdir(parents=True, exist_ok=True)
             (cache / shared).symlink_to(workspace.current().cache / shared)
-    return {"HEARTH_CACHE": str(cache), "HEARTH_WHEELHOUSE": str(work / "wheelhouse"), "HEARTH_RECIPES": ""}
+    places = {"HEARTH_CACHE": str(cache), "HEARTH_WHEELHOUSE": str(work / "wheelhouse"), "HEARTH_RECIPES": ""}
+    return {**places, "PYTHONDONTWRITEBYTECODE": ""}  # as users run it: without bytecode, each start takes 0.1 s more
 
 
 SAGE = ("build-kernels", "--kernel", "sageattention", "--arch", ARCH, "--python", PYTHON, "--platform", "linux_x86_64")

@@ -18,6 +18,8 @@ import tasks
 from core import errors, files
 from core.manifest import Manifest
 from docs import generate
+from docs.kernels import PAGE, merged
+from tests import plans
 
 REFERENCE = generate.PAGE.read_text()
 PAGES = [*files.CHECKOUT.glob("*.md"), *(files.CHECKOUT / "docs").rglob("*.md")]
@@ -130,6 +132,20 @@ def test_every_page_is_on_the_site() -> None:
     assert sorted(listed) == sorted(
         str(page.relative_to(files.CHECKOUT / "docs")) for page in PAGES if page.is_relative_to(files.CHECKOUT / "docs")
     )
+
+
+def test_the_table_of_wheels_is_written_from_their_manifests() -> None:
+    """Rows of wheels that are not in the wheelhouse stay; the next tables are not touched."""
+    text = PAGE.read_text()
+    stable = plans.wheel("sageattention", file="s-1-cp310-abi3-x.whl", python="", arch="8.9;12.0", torch=">=2.9")
+    stable = msgspec.structs.replace(stable, version="1+x", inputs={"stack": ["cu130", "2.99"]})
+    once = merged(text, [stable])
+    (added,) = {*once.splitlines()} - {*text.splitlines()}
+    assert added.startswith("| sageattention 1 | 8.9 and 12.0 | cu130, torch 2.99 | 3.10 or newer, aarch64 |")
+    assert {*text.splitlines()} < {*once.splitlines()}
+    changed = merged(once, [msgspec.structs.replace(stable, size=5_000_000)])
+    assert len(changed.splitlines()) == len(once.splitlines())
+    assert "5.0 MB" in changed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -53,9 +53,9 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"[init]\ntemplateDir = {home}/template\n[submodule]\nrecurse = true\n"
         '[filter "upper"]\nsmudge = tr a-z A-Z\nclean = cat\nrequired = true\n'
         '[filter "lfs"]\nsmudge = echo smudged\nprocess = false\nrequired = true\n'
-        '[log]\nshowSignature = true\n[protocol "ext"]\nallow = always\n'
+        '[log]\nshowSignature = true\n[protocol "ext"]\nallow = always\n[apply]\nignoreWhitespace = change\n'
     )
-    (home / "attributes").write_text("* filter=upper\n")
+    (home / "attributes").write_text("* text eol=crlf filter=upper\n")
     for name, value in {
         "HOME": str(home),
         "GIT_DIR": str(tmp_path / "no-such"),
@@ -126,6 +126,9 @@ def test_patches_ignore_git_configuration(hostile: Path, tmp_path: Path) -> None
     assert after != before
     assert b"\r" not in after
     assert not hostile.exists()
+    (tmp_path / "src/tiny/__init__.py").write_bytes(before.replace(b" = ", b"  =  "))
+    with raises("patch", match="0001"):
+        kernel_source._apply(tiny, tiny.patches[0], tmp_path / "src")
 
 
 def test_update_checks_ignore_the_callers_git_configuration(hostile: Path, tmp_path: Path) -> None:
