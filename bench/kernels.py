@@ -103,6 +103,7 @@ def upstream(recipe: Recipe, work: Path) -> tuple[Cost, Path]:
         "TORCH_CUDA_ARCH_LIST": ARCH,
         "MAX_JOBS": str(CORES),
         "EXT_PARALLEL": str(CORES),
+        "CCACHE_DISABLE": "1",  # torch puts ccache before the compilers where it is installed
         # The original asks for C++17, which torch's headers refuse. The fork defines USE_CUDA on Windows alone, and
         # needs it for aoti_torch_get_current_cuda_stream.
         **dict.fromkeys(("CXX_APPEND_FLAGS", "NVCC_APPEND_FLAGS"), f"-std={find_stack().cxx} -DUSE_CUDA"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -106,8 +107,9 @@ def write(builds: Sequence[Build], pools: Mapping[str, int]) -> Graph:
             errors[build.identifier] = error
             continue
         pool = f"compile-{build.recipe.name if build.recipe.name in pools else ''}"
-        for edge in (each for each in own if each.rule in _COMPILES):
-            edge.variables["pool"] = pool
+        names = _names(build.source_folder)
+        for edge in (each for each in own if each.rule != "link"):
+            edge.variables.update(names=names, **({"pool": pool} if edge.rule in _COMPILES else {}))
         edges |= {edge.output: edge for edge in own}
         outputs[build.identifier] = {edge.output for edge in own}
         for module in build.modules:
@@ -135,8 +137,16 @@ _RULES = {
 _COMPILES = ("nvcc", "cxx")
 # The objects of all archs into one; where that is impossible, one compile for all of them.
 _RULES["merge"] = f"{{ $python $merge $cxx $out $in || {_RULES['nvcc'].replace('$in', '$source')}; }}"
-# Each command records what it wrote, for `run`.
-_RULES = {name: f"{body} && sha256sum $out > $out.sha256" for name, body in _RULES.items()}
+# Each command records what it wrote, for `run`, and ends with a hash of the names of the source's files: a new header
+# may be found before one that a file included until now, and no dependency file names it.
+_RULES = {name: f"{body} && sha256sum $out > $out.sha256 # $names" for name, body in _RULES.items()}
+
+
+def _names(source: str) -> str:
+    """The hash of the paths of all files in a source folder."""
+    tree = root() / source
+    paths = sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))
+    return hashlib.sha256("\0".join(paths).encode()).hexdigest()[:12]
 
 
 def _module_output(build: Build, module: Module) -> str:

@@ -128,5 +128,5 @@ def _mirror(fresh: Path, place: Path) -> None:
         if old.is_file() and old.stat().st_mode == new.stat().st_mode and filecmp.cmp(old, new, shallow=False):
             continue
         old.parent.mkdir(parents=True, exist_ok=True)
+        os.utime(new)  # before the rename: after a crash between both, the object would seem up to date
         new.replace(old)
-        os.utime(old)

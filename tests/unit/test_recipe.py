@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_a_tree_is_mirrored_whatever_was_there(tmp_path: Path) -> None:
     assert (old / "mode").stat().st_mode & 0o100
     assert (old / "same").stat().st_mtime_ns == times["same"]
     assert (old / "edited").stat().st_mtime_ns > times["edited"]
+
+
+def test_a_file_is_new_for_ninja_even_if_the_run_ends_with_its_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old/file", tmp_path / "new/file"
+    for path in (old, new):
+        path.parent.mkdir()
+        path.write_text(path.parent.name)
+        os.utime(path, (1, 1))
+    rename = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        rename(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _mirror(new.parent, old.parent)
+    assert (old.read_text(), old.stat().st_mtime > 1) == ("new", True)
 
 
 BROKEN = {

@@ -136,6 +136,26 @@ def test_kernels_that_include_python_are_compiled_for_each_version(build: Callab
     assert "TORCH_EXTENSION_NAME" not in plain.variables["flags"]
 
 
+def test_a_new_header_compiles_everything_again(build: Callable[..., Build]) -> None:
+    """It may hide one of torch's or CUDA's, which no dependency file names."""
+    found = build()
+    tree = graph.root() / found.source_folder
+
+    def commands() -> dict[str, str]:
+        """What ninja compares, by output."""
+        text = graph.write([found], {"": 1}).text.split("\nbuild ")
+        return {each.partition(":")[0]: each for each in text[1:]}
+
+    before = commands()
+    (tree / "csrc/sum.cu").write_text("// edited")
+    assert commands() == before
+    (tree / "include/cuda").mkdir(parents=True)
+    (tree / "include/cuda/pipeline").touch()
+    changed = {name.rpartition(".")[2] for name, each in commands().items() if each != before[name]}
+    assert changed == {"o"}
+    assert all(name.endswith(".so") for name, each in commands().items() if each == before[name])
+
+
 @pytest.mark.parametrize("name", ["su m.cu", "su$m.cu", "su'm.cu", "su:m.cu", "süm.cu"])
 def test_a_file_name_that_ninja_would_misread_is_refused(build: Callable[..., Build], name: str) -> None:
     found = build((MODULE, 'kernels = ["csrc/s*m.cu"]'))
