@@ -139,7 +139,10 @@ _COMPILES = ("nvcc", "cxx")
 _RULES["merge"] = f"{{ $python $merge $cxx $out $in || {_RULES['nvcc'].replace('$in', '$source')}; }}"
 # Each command records what it wrote, for `run`, and ends with a hash of the names of the source's files: a new header
 # may be found before one that a file included until now, and no dependency file names it.
-_RULES = {name: f"{body} && sha256sum $out > $out.sha256 # $names" for name, body in _RULES.items()}
+_RULES = {
+    name: f"{body} && sha256sum $out{' $out.d' if name in _COMPILES else ''} > $out.sha256 # $names"
+    for name, body in _RULES.items()
+}
 
 
 def _names(source: str) -> str:

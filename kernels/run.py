@@ -76,15 +76,20 @@ def log(build: str) -> Path:
 def _discard(outputs: Iterable[str], place: Path) -> None:
     """Delete the outputs that are not what their command wrote, or are newer than now; ninja compares only times.
 
-    They may be damaged by a power cut or another program, or be from a time when the clock was wrong.
+    They may be damaged by a power cut or another program, or be from a time when the clock was wrong. So may the lists
+    of the files that they include.
     """
     now = (place / "build.ninja").stat().st_mtime  # by the clock of this file system
     for path in (place / each for each in outputs):
+        included = path.with_name(f"{path.name}.d")
         if path.is_file() and path.stat().st_mtime <= now:
-            with suppress(OSError, UnicodeError, IndexError):
-                if path.with_name(f"{path.name}.sha256").read_text().split()[0] == files.sha256(path):
+            with suppress(OSError, UnicodeError):
+                recorded = path.with_name(f"{path.name}.sha256").read_text().split()[::2]
+                both = (path, included)[: len(recorded)]
+                if recorded and recorded == [files.sha256(each) for each in both]:
                     continue
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        for each in (path, included):
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink(missing_ok=True)
 
 
 def _pending(argv: Sequence[str], place: Path) -> set[str]:

@@ -126,6 +126,14 @@ def _truncate_record(path: Path) -> None:
     path.with_name(f"{path.name}.sha256").write_text("")
 
 
+def _damage_dependencies(path: Path) -> None:
+    path.with_name(f"{path.name}.d").write_bytes(b"\0" * 20)
+
+
+def _lose_dependencies(path: Path) -> None:
+    path.with_name(f"{path.name}.d").unlink()
+
+
 def _keep(_: Path) -> None:
     pass
 
@@ -139,6 +147,8 @@ def _keep(_: Path) -> None:
         (_date_tomorrow, 2),
         (_forget, 2),
         (_truncate_record, 2),
+        (_damage_dependencies, 2),
+        (_lose_dependencies, 2),
         (_keep, 1),
     ],
 )
@@ -150,8 +160,9 @@ def test_an_object_that_its_command_did_not_write_is_made_again(
     place = tmp_path / "build"
     place.mkdir()
     (place / "a.cpp").write_text("right")
-    command = "echo ran >> runs && cp $in $out && sha256sum $out > $out.sha256"
-    text = f"rule cxx\n  command = {command}\n  description = cxx $out\nbuild a.o: cxx a.cpp\n"
+    command = "echo ran >> runs && cp $in $out && echo $out: $in > $out.d && sha256sum $out $out.d > $out.sha256"
+    rule = f"rule cxx\n  command = {command}\n  depfile = $out.d\n  description = cxx $out\n"
+    text = f"{rule}build a.o: cxx a.cpp\n"
     for _ in range(2):
         assert run(replace(GRAPH, text=text, outputs={"build": {"a.o"}}), 1, 0, lambda _: None) == {}
         assert (place / "a.o").read_text() == "right"
