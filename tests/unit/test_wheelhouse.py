@@ -590,7 +590,7 @@ def test_the_docs_install_the_wheel_of_the_current_recipe() -> None:
     found = load_recipe(files.CHECKOUT / "recipes/sageattention")
     pages = [(files.CHECKOUT / page).read_text() for page in ("README.md", "docs/how-to/build-kernels.md")]
     (version,) = {each for page in pages for each in re.findall(r"sageattention==([^\s']+)", page)}
-    assert version == f"{found.version}+cu130.sm{found.archs['8.9']}"
+    assert version == f"{found.version}+cu130.sm{found.archs['8.9']}.{found.default_profile}"
 
 
 def test_path_of_a_damaged_wheel_is_an_error(filled: Filled) -> None:
