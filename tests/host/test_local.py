@@ -26,9 +26,9 @@ from tests.client import Client
 from tests.errors import kind_of
 from tests.host import slurm
 from tests.host.fleet import link_environment
-from tests.host.machine import SITE, free_port, place_for
+from tests.host.machine import NEEDS, SITE, free_port, place_for
 
-pytestmark = pytest.mark.host
+pytestmark = [pytest.mark.host, pytest.mark.needs(*NEEDS)]
 
 
 @dataclass

@@ -140,7 +140,11 @@ def versions(**request: Any) -> list[str]:
         ("8.9;8.9+PTX", False, ["sm89", "sm89.ptx"], ["8.9", "8.9+PTX"]),
         ("12.0;12.0f;12.0f+PTX", True, ["sm120a.sm120f.ptx"], ["12.0;12.0f+PTX"]),
         ("8.9;10.0;12.0", True, ["sm89.sm120a"], ["8.9;12.0"]),
-        ("8.9;12.0;12.1", True, ["sm89.sm120a", "sm121a"], ["8.9;12.0", "12.1"]),  # a wheel for each platform
+        pytest.param(
+            *("8.9;12.0;12.1", True, ["sm89.sm120a", "sm121a"], ["8.9;12.0", "12.1"]),
+            id="a wheel for each platform",
+            marks=pytest.mark.needs("aarch64-linux-gnu-g++"),
+        ),
     ],
 )
 def test_one_build_for_each_target_or_for_all(arch: str, fat: bool, labels: list[str], archs: list[str]) -> None:
