@@ -26,14 +26,20 @@ def load(path: Path, kind: type[T]) -> T:
 def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
     """Convert the table `raw`, read from `path`, to a `kind`.
 
-    Raises ConfigError with the file, the key's path and, for an unknown key, a suggestion.
+    Raises ConfigError with the file, the key's path and, for an unknown key or value, the known ones.
     """
     try:
         return msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         text = str(error)
-        unknown = re.search(r"unknown field `([^`]+)`", text)
-        hint = suggest(unknown[1], _keys(kind, text)) if unknown else ""
+        info, more = _at(kind, text)
+        hint = ""
+        if unknown := re.search(r"unknown field `([^`]+)`", text):
+            hint = suggest(unknown[1], [field.encode_name for field in getattr(info, "fields", ())])
+        elif values := _values(info):
+            wrong = re.match(r"Invalid enum value '(.*)' - at", text, re.DOTALL)
+            given = wrong[1] if wrong else ""
+            hint = "; ".join(filter(None, [suggest(given, values), more.get(given, "")]))
         raise ConfigError("config", f"{path}: {text}", hint=hint) from error
 
 
@@ -76,18 +82,19 @@ def _parse(path: Path) -> dict[str, Any]:
     return tomli.loads(text)
 
 
-def _keys(kind: Any, message: str) -> set[str]:
-    """The known keys at the path that a msgspec message names (`... - at `$.modules[0]``)."""
-    place = re.search(r"at `\$([^`]*)`", message)
-    info = msgspec.inspect.type_info(kind)
-    for step in re.findall(r"\.\w+|\[[^\]]*\]", place[1] if place else ""):
-        info = _child(info, step)
-    fields = getattr(_without_none(info), "fields", ())
-    return {field.encode_name for field in fields}
+def _at(kind: Any, message: str) -> tuple[Any, dict[str, str]]:
+    """The type at the path that a msgspec message names (`... - at `$.modules[0]``), and its hints for wrong values.
+
+    A type gives hints by `Annotated[..., msgspec.Meta(extra={VALUE: HINT})]`.
+    """
+    place = re.search(r"at (`key` in )?`\$([^`]*)`", message)
+    info, hints = _plain(msgspec.inspect.type_info(kind))
+    for step in re.findall(r"\.\w+|\[[^\]]*\]", place[2] if place else ""):
+        info, hints = _plain(_child(info, step))
+    return _plain(info.key_type) if place and place[1] else (info, hints)
 
 
 def _child(info: Any, step: str) -> Any:
-    info = _without_none(info)
     if step.startswith("."):
         for field in getattr(info, "fields", ()):
             if field.encode_name == step[1:]:
@@ -95,8 +102,14 @@ def _child(info: Any, step: str) -> Any:
     return getattr(info, "value_type", None) or getattr(info, "item_type", info)
 
 
-def _without_none(info: Any) -> Any:
-    for option in getattr(info, "types", ()):
-        if not isinstance(option, msgspec.inspect.NoneType):
-            return option
-    return info
+def _plain(info: Any) -> tuple[Any, dict[str, str]]:
+    """A type without None and without its annotation, which holds hints for wrong values."""
+    info = next((each for each in getattr(info, "types", ()) if not isinstance(each, msgspec.inspect.NoneType)), info)
+    return (info.type, info.extra or {}) if isinstance(info, msgspec.inspect.Metadata) else (info, {})
+
+
+def _values(info: Any) -> list[str]:
+    """The permitted values of an enumerated type; of others none."""
+    if isinstance(info, msgspec.inspect.EnumType):
+        return [str(each.value) for each in info.cls]
+    return [str(each) for each in info.values if each] if isinstance(info, msgspec.inspect.LiteralType) else []

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -41,6 +41,10 @@ class Mount(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options, as for mount(8)."""
 
 
+_DOCKER = {"docker": "Docker runs an image: inv image --host HOST, then its run.sh or compose.yaml"}
+"""Hints for other values of `runtime`."""
+
+
 class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One machine."""
 
@@ -57,7 +61,7 @@ class Host(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     version such as "0.30.0"."""
     scope: Literal["system", "user"] = "system"
     """Scope "system" needs root and systemd, "user" needs neither."""
-    runtime: Literal["native", "podman"] = "native"
+    runtime: Annotated[Literal["native", "podman"], msgspec.Meta(extra=_DOCKER)] = "native"
     """What runs ComfyUI: systemd itself ("native"), or a container of Podman, rootless with scope "user"."""
     prefix: str = ""
     """Where everything is installed; empty: `/opt/comfyui`, or `~/.local/share/hearth/comfyui` with scope "user"."""

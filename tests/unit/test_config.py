@@ -18,6 +18,7 @@ from core import config, files
 from core.arch import known_archs
 from core.config import load
 from core.stack import Platform, find_stack, stacks
+from deploy.host import hosts
 from deploy.inputs import gather
 from deploy.look import find_target
 from kernels.recipe import Recipe, load_recipe, recipes
@@ -123,6 +124,31 @@ def test_unknown_key_error_has_path_and_suggestion(tmp_path: Path, old: str, new
         load(tmp_path / "recipe.toml", Recipe)
     assert place in caught.value.what
     assert f"perhaps you meant {near!r}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ('runtime = "docker"', ("native, podman", "inv image", "compose.yaml")),
+        ("runtime = true", ("native, podman",)),
+        ('scope = "sytem"', ("perhaps you meant 'system'", "system, user")),
+        ('members_may = ["stop"]', ("restart",)),
+        ('folders = { modles = "/x" }', ("input, models, output, user",)),
+        ('override = { restart = "no" }', ("always, on-failure",)),
+        ('override = { network = "of" }', ("lan-deny, offline, open",)),
+        ("port = true", ()),
+    ],
+)
+def test_an_error_of_an_enumerated_key_lists_its_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, listed: tuple[str, ...]
+) -> None:
+    (tmp_path / "hosts.toml").write_text(f'[hosts.box]\naddress = "a"\n{text}\n')
+    monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
+    with raises("config") as caught:
+        hosts()
+    for each in listed:
+        assert each in caught.value.hint
+    assert bool(caught.value.hint) == bool(listed)
 
 
 @pytest.mark.parametrize(
