@@ -28,9 +28,9 @@ from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
 from core.workspace import Workspace
-from deploy import archive, proofs
+from deploy import archive, containers, proofs
 from deploy import release as releases
-from lock import nodes, requirements
+from lock import image_base, nodes, requirements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +160,7 @@ def write(
     requesters = releases.requesters(target, inputs.nodes)
     listed = _listed(inputs, requesters, platform, python, wheels)
     listed |= {f"checkout/{name}": path for name, path in proofs.bundled(target).items()}
+    listed |= _root(target, Platform.parse(platform)) if target.host.runtime == "podman" else {}
     total = sum(path.stat().st_size for path in listed.values())
     console.say(f"bundling {counted(len(listed), 'file')}, {console.size(total)}")
     found = {
@@ -237,6 +238,14 @@ def _listed(
         found |= {f"wheelhouse/{wheel.index}/{wheel.file}": place}
         found |= {f"wheelhouse/{wheel.index}/{wheel.file}.json": place.with_name(f"{wheel.file}.json")}
     return found
+
+
+def _root(target: Target, platform: Platform) -> dict[str, Path]:
+    """The root file system of a container, as the cache has it, and what describes it."""
+    cache = workspace.current().cache
+    pairs = containers.layers(platform, cuda=target.profile.cuda)
+    found = {f"cache/{path.relative_to(cache)}": path for pair in pairs for path in pair}
+    return found | {f"checkout/recipes/image/{path.name}": path for path in image_base.recipe()}
 
 
 def verify(path: Path) -> Opened:

@@ -1,10 +1,9 @@
-"""Refusals for containers: what a host lacks for them, and what a container cannot have."""
+"""Refusals for containers: what a host lacks for them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deploy import release as releases
 from deploy.refusals import Refusal, older
 from lock import image_base
 
@@ -13,19 +12,14 @@ if TYPE_CHECKING:
     from deploy.host import Target
     from deploy.inputs import Inputs
 
-QUADLET, PODMAN = "4.4", "4.8"
-"""The first Podman with Quadlet, and the first with all that the unit needs."""
+QUADLET, PODMAN, DROP_INS = "4.4", "4.8", "5.0"
+"""The first Podman with Quadlet, the first with all that the unit needs, and the first with drop-in files."""
 
 
 def no_base(what: str) -> Refusal:
     """There is no root file system for containers."""
     remedy = 'deploy from a checkout, or set runtime = "native" for this host'
     return Refusal("no-base", f"{what} has no root file system for containers", remedy)
-
-
-def unfit(target: Target, facts: Facts, inputs: Inputs) -> list[Refusal]:
-    """What the host lacks for a container, and what a container cannot have."""
-    return lacking(target, facts) + _unfit_release(target, inputs)
 
 
 def lacking(target: Target, facts: Facts) -> list[Refusal]:
@@ -60,29 +54,22 @@ def lacking(target: Target, facts: Facts) -> list[Refusal]:
     if facts.manager == "process" and facts.lingers:
         what = "Quadlet needs systemd, which this login does not have"
         found.append(Refusal("no-systemd", what, native[3:]))
+    if target.host.scope == "user" and target.profile.network != "open":
+        what = f"network = {target.profile.network} has no effect on a container without root"
+        found.append(Refusal("network-unenforced", what, 'set scope = "system" for this host, or network = "open"'))
     if older(facts.glibc, glibc := image_base.base().glibc):
         what = f"the Python of containers needs glibc {glibc} to make environments, the host has {facts.glibc}"
         found.append(Refusal("old-glibc", what, native[3:]))
     return found
 
 
-def _unfit_release(target: Target, inputs: Inputs) -> list[Refusal]:
-    """What a container cannot have."""
-    native = 'set runtime = "native" for this host'
-    found = [
-        Refusal("image-install", f"node {name} runs its install.py, which needs its host", f"leave it out, or {native}")
-        for name, node in inputs.nodes.items()
-        if node.install
-    ]
-    if releases.manager(target):
-        what = "ComfyUI-Manager is not supported in a container"
-        found.append(Refusal("manager-unprotected", what, f"omit --enable-manager, or {native}"))
-    if target.host.scope == "user" and target.profile.network != "open":
-        what = f"network = {target.profile.network} has no effect on a container without root"
-        found.append(Refusal("network-unenforced", what, 'set scope = "system" for this host, or network = "open"'))
-    if inputs.proofs:
-        found.append(Refusal("container-proofs", "proofs do not run in a container", f"omit `prove`, or {native}"))
-    return found
+def no_drop_ins(target: Target, facts: Facts) -> list[Refusal]:
+    """Podman is too old for drop-in files of containers, by which MPS reaches one."""
+    engine = facts.engine
+    if target.host.runtime == "native" or engine is None or not older(engine.version, DROP_INS):
+        return []
+    what = f"Podman {engine.version} ignores drop-in files of containers, by which MPS reaches one"
+    return [Refusal("old-engine", what, f'install Podman {DROP_INS} or newer, or set runtime = "native" for this host')]
 
 
 def limits(target: Target) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from core import console, workspace
 from core.errors import BundleError, GateError, HearthError, RefusedError, UsageError, suggest
 from deploy import bundle as bundles
-from deploy import connection, container_refusals, plan, watch
+from deploy import connection, plan, watch
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
 from deploy.group import Consent, on_each
@@ -23,6 +23,7 @@ from deploy.refusals import refused
 from deploy.release import requesters
 from deploy.release_refusals import unfit_stack
 from deploy.selection import unseen
+from lock import image_base
 from lock.updates import transaction
 
 if TYPE_CHECKING:
@@ -199,9 +200,8 @@ def make_bundle(
     and BundleError if the key cannot sign.
     """
     target = find_target(name)
-    unfit = unfit_stack(target)
-    unfit += [container_refusals.no_base("a bundle")] if target.host.runtime == "podman" else []
-    if unfit:
+    python = image_base.base().python if target.host.runtime == "podman" else python
+    if unfit := unfit_stack(target):
         raise refused("no bundle was written", unfit)
     inputs = gather(target)
     if not (platform and python):

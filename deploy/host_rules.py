@@ -97,7 +97,6 @@ def check_host(place: str, host: Host) -> None:
     _check_places(place, host)
     _check_overlaps(place, host)
     _check_mounts(place, host)
-    _check_runtime(place, host)
     check_settings(place, host.override)
 
 
@@ -191,17 +190,6 @@ def _check_overlaps(place: str, host: Host) -> None:
                 cause="ComfyUI can write there, and could replace it by a link that root would follow",
                 hint='use a folder of its own, such as mounts."/mnt/models" and folders.models = "/mnt/models"',
             )
-
-
-def _check_runtime(place: str, host: Host) -> None:
-    """What a container cannot have."""
-    for key, why in (
-        ("secrets", "systemd decrypts them for its own processes, not for a container's"),
-        ("develop", "a container's custom nodes are those of its release"),
-    ):
-        if host.runtime == "podman" and getattr(host, key):
-            what = f'{place}: `{key}` is not possible with runtime = "podman"'
-            raise ConfigError("config", what, cause=why, hint=f'runtime = "native", or leave `{key}` out')
 
 
 def _check_mounts(place: str, host: Host) -> None:

@@ -101,7 +101,7 @@ class Layout:
 
     def layer(self, key: str, entries: Callable[[], AbstractContextManager[Iterable[Entry]]]) -> Descriptor:
         """A layer with these entries; `key` names everything that they depend on. A known one is not written again."""
-        record = self._records / f"{hashlib.sha256(f'{FORMAT} {key}'.encode()).hexdigest()}.json"
+        record = self.record(key)
         if record.exists():
             known: Descriptor = json.loads(record.read_bytes())
             if self._holds(known):
@@ -115,6 +115,10 @@ class Layout:
             found = self._put(part, LAYER, hashed.hash.hexdigest(), hashed.size)
         files.write(record, json.dumps(found))
         return found
+
+    def record(self, key: str) -> Path:
+        """The file that remembers the layer of a key."""
+        return self._records / f"{hashlib.sha256(f'{FORMAT} {key}'.encode()).hexdigest()}.json"
 
     def blob(self, content: bytes, kind: str) -> Descriptor:
         """A blob with this content, of a media type."""

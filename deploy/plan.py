@@ -310,13 +310,14 @@ def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Map
     )
     if not node.install:
         return step
+    files, service = wanted["files"], selection.target.host.service
     return replace(  # runs with the service's rights
         step,
         install=selection.env_part,
         network=bool(node.install_network),
         confined=tuple(wanted.get("confined", ())),
         environment=wanted["environment"],
-        unit=wanted["files"].get(f"{selection.target.host.service}.service", ""),
+        unit=files.get(f"{service}.container") or files.get(f"{service}.service", ""),
     )
 
 

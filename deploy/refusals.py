@@ -365,9 +365,6 @@ def no_mps(target: Target, facts: Facts, control: str, gpus: Sequence[int]) -> l
     elif not target.profile.cuda:
         what = f"profile {target.host.profile} computes on the CPU"
         found.append(Refusal("cpu-profile", what, "choose a profile for a GPU"))
-    if target.host.runtime == "podman":
-        what = "a container does not see the daemon of MPS"
-        found.append(Refusal("no-mps", what, 'set runtime = "native" for this host'))
     if not control:
         remedy = "on the host: apt-get install nvidia-cuda-mps (Ubuntu: nvidia-compute-utils-VERSION)"
         found.append(Refusal("no-mps", "nvidia-cuda-mps-control is not installed", remedy))

@@ -151,6 +151,7 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
     empty = ["custom_nodes", *(f"custom_nodes/{name}" for name in developed if binds)]
     links |= {f"custom_nodes/{name}": path for name, path in developed.items() if not binds}
     more = [*binds, *units.credentials(selection, prefix)]
+    made: list[str] = []
     if manager(target):
         # Its settings, and scripts that it runs before ComfyUI, are in the user folder. So the release has its own
         # user folder, with links into the data for writable files.
@@ -162,20 +163,20 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
         links |= {f"user/{name}": f"{user}/{name}" for name in kept}
         made = [f"{user}/{name}" for name in kept if not name.endswith(".list")]
         more.append(f"ExecStartPre=-{units.command_line(['/bin/mkdir', '-p', *made])}")
-    paths = _search_paths(selection)
-    if paths:
+    if paths := _search_paths(selection):
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
     argv = _argv(target, place, data, lies, search=bool(paths))
     environment = _environment(target, data)
     running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
     running["empty"] = empty
-    if selection.base_part:
+    contained = bool(selection.base_part)
+    confined = containers.confinement(selection, made) if contained else units.confinement(selection, prefix, place)
+    running |= {"confined": confined} if confined else {}
+    if contained:
         tls = all(flag in target.flags for flag in TLS_FLAGS)
-        text = containers.unit(selection, argv, environment, prefix, release, tls=tls)
+        text = containers.unit(selection, [*confined, *argv], environment, prefix, release, developed, tls=tls)
         files[f"{target.host.service}.container"] = text
     else:
-        confined = units.confinement(selection, prefix, place)
-        running |= {"confined": confined} if confined else {}
         files[f"{target.host.service}.service"] = units.service(
             selection, [*confined, *argv], environment, data, release, more
         )

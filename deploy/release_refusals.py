@@ -134,9 +134,9 @@ def flags(target: Target, known: Mapping[str, Flag]) -> list[Refusal]:
     if len(alone) == 1:  # ComfyUI would serve http
         (other,) = set(releases.TLS_FLAGS) - set(alone)
         found.append(Refusal("half-tls", f"{alone[0]} also needs {other}", "set both, or neither"))
-    if releases.manager(target) and target.host.scope == "user":
-        what = "ComfyUI-Manager could change its own security level: only a system service's unit prevents that"
-        remedy = 'set scope = "system" for this host, or omit --enable-manager'
+    if releases.manager(target) and (target.host.scope, target.host.runtime) == ("user", "native"):
+        what = "ComfyUI-Manager could change its own security level: a system service or a container prevents that"
+        remedy = 'set scope = "system" or runtime = "podman" for this host, or omit --enable-manager'
         found.append(Refusal("manager-unprotected", what, remedy))
     return found
 

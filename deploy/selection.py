@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from core import workspace
 from core.stack import Platform
 from deploy import container_refusals, containers
 from deploy import release_refusals as refusals
@@ -120,10 +119,10 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
     python = next((each for each in listed if each in facts.pythons), "")
     if not (python or (contained and facts.pythons)):
         return None, [*found, refusals.no_python(listed, facts)]
-    if contained and workspace.current().bundled:
-        return None, [*found, container_refusals.no_base("a bundle")]
+    if contained and not image_base.recipe():
+        return None, [*found, container_refusals.no_base("this bundle")]
     if contained:
-        python, found = image_base.base().python, found + container_refusals.unfit(target, facts, inputs)
+        python, found = image_base.base().python, found + container_refusals.lacking(target, facts)
         if (facts.platform, python) not in inputs.locks:
             return None, [*found, refusals.no_lock(facts.platform, python, inputs)]
     wheels: list[Manifest] = []

@@ -45,7 +45,14 @@ class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def _folder() -> Path:
     """The folder of base.toml and base.lock: $HEARTH_IMAGE_BASE, else `recipes/image`."""
-    return Path(os.environ.get("HEARTH_IMAGE_BASE") or workspace.current().checkout / "recipes/image").absolute()
+    here = workspace.current()
+    own = None if here.bundled else os.environ.get("HEARTH_IMAGE_BASE")
+    return Path(own or here.checkout / "recipes/image").absolute()
+
+
+def recipe() -> list[Path]:
+    """The files that describe the base; empty in a bundle without one."""
+    return [path for name in ("base.toml", "base.lock") if (path := _folder() / name).exists()]
 
 
 def base() -> Base:

@@ -13,7 +13,7 @@ from core import files
 from core.console import counted
 from core.errors import UsageError
 from core.flags import number
-from deploy import fleet, refusals
+from deploy import container_refusals, fleet, refusals
 from deploy.change import Change, change_each
 from deploy.plan import Plan
 from deploy.units import devices
@@ -67,9 +67,19 @@ def setting(target: Target, control: str, limited: Mapping[str, str]) -> setting
         f"[Unit]\nWants={unit}\nAfter={unit}\nPartOf={unit}\n"
         f"[Service]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\nBindPaths=-/run/{service}-mps\n"
         "PrivateUsers=no\n"
+        # If the daemon has given up, a container's mount fails; ComfyUI runs without MPS in an empty folder.
+        f"ExecStartPre=-/bin/mkdir -p -m 0700 /run/{service}-mps\n"
     )
-    found = {unit: Template(text).substitute(values), f"{service}.service.d/hearth-mps.conf": drop_in}
-    return settings.Setting({f"/etc/systemd/system/{name}": text for name, text in found.items()})
+    # A client and its server exchange data in /dev/shm.
+    container = (
+        f"# Written by Hearth: inv mps off removes it.\n"
+        f"[Container]\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/{service}-mps\n"
+        f"Volume=/run/{service}-mps:/run/{service}-mps\nVolume=/dev/shm:/dev/shm\n"
+    )
+    name = "hearth-mps.conf"
+    found = {unit: Template(text).substitute(values), f"{service}.service.d/{name}": drop_in}
+    units = {f"/etc/systemd/system/{name}": text for name, text in found.items()}
+    return settings.Setting({**units, f"/etc/containers/systemd/{service}.container.d/{name}": container})
 
 
 # --- plans: pure ---------------------------------------------------------------------------------------------------
@@ -78,7 +88,7 @@ def setting(target: Target, control: str, limited: Mapping[str, str]) -> setting
 def turn_on(target: Target, facts: Facts, mps: Mps, state: State, limited: Mapping[str, str], options: Options) -> Plan:
     """The plan that runs ComfyUI's GPU work through MPS with these limits."""
     gpus = [int(each) for each in re.findall(r"(\d+)=", limited.get(MEMORY, ""))]
-    found = refusals.no_mps(target, facts, mps.control, gpus)
+    found = refusals.no_mps(target, facts, mps.control, gpus) + container_refusals.no_drop_ins(target, facts)
     if settings.settled(state, "mps"):
         return Plan.of(facts, [], found)
     shown = ", ".join(f"{name}={value}" for name, value in limited.items()) or "no limits"

@@ -5,6 +5,7 @@ The folder of a file decides what else it changes, at once and at every boot:
     /etc/sysctl.d          kernel values (sysctl.d(5))
     /etc/tmpfiles.d        kernel files, and groups and modes of device files (tmpfiles.d(5), lines `w` and `z`)
     /etc/systemd/system    a unit, enabled and started
+    /etc/containers/systemd    a drop-in file of a container
 
 Deleting a file leaves the running kernel as it is, so the state of each place is recorded before its first change.
 """
@@ -30,7 +31,7 @@ from agent.processes import run
 from agent.schema.change import Set, Unset
 from agent.schema.settings import Applied, Seen, State
 from agent.serve.managers import manager_of
-from agent.serve.systemd import UNITS
+from agent.serve.systemd import QUADLETS, UNITS
 
 SYSCTL, TMPFILES = Path("/etc/sysctl.d"), Path("/etc/tmpfiles.d")
 
@@ -48,11 +49,11 @@ def _write_file(place: str, text: str | None) -> None:
     if text is None:
         discard(path)
         with suppress(OSError):  # the drop-in folder of a unit has other files or is missing
-            if path.parent.name.endswith(".service.d"):
+            if path.parent.name.endswith((".service.d", ".container.d")):
                 path.parent.rmdir()
     else:
         write(path, text.encode(errors="surrogateescape"))
-    if UNITS in path.parents:
+    if {UNITS, QUADLETS} & {*path.parents}:
         run(["systemctl", "daemon-reload"])
         if changed and path.parent == UNITS:
             subprocess.run(["systemctl", "reset-failed", path.name], capture_output=True)  # our starts must not count

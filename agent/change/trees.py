@@ -150,7 +150,8 @@ sys.stdout.buffer.write(bytes(7))
 def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
     """Run a node's install.py on a copy of its tree in a sandbox; keep the regular files. Raises AgentError."""
     scratch = layout.state / "install"
-    room = "/tmp" if layout.scope == "system" else str(scratch)  # noqa: S108  private to the unit
+    private = layout.scope == "system" or "[Container]" in step.unit
+    room = "/tmp" if private else str(scratch)  # noqa: S108  private to the unit or container
     remove(scratch)
     scratch.mkdir(parents=True)
     environment = {**step.environment, **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), room)}

@@ -317,9 +317,10 @@ class SystemdTrial(Trial):
         real = Path(f"/run/{self.layout.service}-data")
         self.prepare(release, real / "models")
         models = self.layout.elsewhere.get("models", "")
-        command = shlex.join(self.argv)
+        confined = release.get("confined", ())
+        command = shlex.join([*confined, *self.argv])
         if check := imports(release):
-            command = shlex.join(["/bin/sh", "-c", f"{shlex.join(check)} && exec {command}"])
+            command = shlex.join([*confined, "/bin/sh", "-c", f"{shlex.join(check)} && exec {shlex.join(self.argv)}"])
         lines = {
             "[Container]": [
                 f"ContainerName={self.unit.layout.service}",

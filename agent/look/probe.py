@@ -21,7 +21,7 @@ from agent.processes import run
 from agent.schema.decode import decode
 from agent.schema.live import Containers, Kernel, Mps, Probe, Probed
 from agent.serve.managers import Manager, manager_of
-from agent.serve.sandbox import sandboxed
+from agent.serve.sandbox import python_of, sandboxed, unit_of
 from agent.serve.systemd import Systemd
 
 LINES = 2000
@@ -156,13 +156,9 @@ def _torch(layout: Layout) -> Json:
     )
 
     release = layout.manifest(layout.release())
-    if "base" in release.get("parts", ()):  # it runs in a container, not in a unit's sandbox
-        return {}
-    argv = [str(layout.current / "env/bin/python"), "-I", "-B", "-c", script]
     try:
-        return dict(
-            json.loads(sandboxed(layout, release["files"][f"{layout.service}.service"], argv, release, seconds=60))
-        )
+        argv = [python_of(layout, release), "-I", "-B", "-c", script]
+        return dict(json.loads(sandboxed(layout, unit_of(layout, release), argv, release, seconds=60)))
     except AgentError as error:
         return {"error": error.report["cause"] or error.report["what"]}
     except (ValueError, TypeError, KeyError) as error:

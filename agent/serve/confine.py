@@ -353,11 +353,16 @@ def _filter(program: bytes) -> None:
 def main(spec: Json, argv: list[str]) -> None:
     """Exec the command, confined, with its secrets as environment variables. `write` is absent if a unit confines it.
 
+    First make the folders `make`.
+
     On a kernel without Landlock, print a warning and run the command anyway, as the plan announced.
     """
     folder = Path(spec.get("folder") or os.environ.get("CREDENTIALS_DIRECTORY", "/nowhere"))
     for name in spec.get("secrets", ()):
         os.environ[name] = (folder / name).read_text()
+    for each in spec.get("make", ()):
+        with suppress(OSError):  # what is in the way may be a node's doing
+            Path(each).mkdir(parents=True, exist_ok=True)
     if "write" not in spec:
         os.execv(argv[0], argv)  # noqa: S606
     _make(spec)

@@ -14,7 +14,7 @@ from agent.files import AgentError, Json, Note
 from agent.layout import PROOF, Layout
 from agent.schema.change import Proof
 from agent.serve.health import Process, fetch, finished, output
-from agent.serve.sandbox import sandboxed
+from agent.serve.sandbox import python_of, sandboxed, unit_of
 
 PICTURES, MOST = 200_000_000, 16
 """Maximum total size in bytes and number of the pictures of a workflow that are fetched and checked."""
@@ -94,8 +94,8 @@ class Prover:
         every = [base64.b64decode(proof.like), *pictures]
         source = json.dumps([len(each) for each in every]).encode() + b"\n" + b"".join(every)
         program = (pkgutil.get_data("agent.serve", "pictures.py") or b"").decode()
-        argv = [self.release["argv"][0], "-I", "-B", "-c", program]
-        unit = self.release["files"].get(f"{self.layout.service}.service", "")
+        argv = [python_of(self.layout, self.release), "-I", "-B", "-c", program]
+        unit = unit_of(self.layout, self.release)
         try:
             answer = sandboxed(
                 self.layout, unit, argv, self.release, seconds=EXAMINE_SECONDS, most=100_000, apart=True, given=source

@@ -40,7 +40,9 @@ def sandboxed(
     network: bool = False,
     given: bytes = b"",
 ) -> bytes:
-    """Run a program with the sandbox settings of `unit` (a unit's text) and return its standard output.
+    """Run a program with the sandbox settings of `unit` and return its standard output.
+
+    `unit` is the text of a unit, or of a container, of which the program gets one of its own.
 
     The program and its descendants are killed after `seconds` or after `most` bytes of output. `apart` runs it as a
     transient user who can write only to a private /tmp. `release` provides its `environment` and, without a system
@@ -49,6 +51,9 @@ def sandboxed(
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
     variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
+    if "[Container]" in unit:
+        command = _in_container(layout, unit, argv, variables, seconds, apart=apart, network=network)
+        return _output(command, inherited(), seconds + 10, most, given)
     if layout.scope == "system":
         service = unit.partition("[Service]")[2].partition("\n[")[0]
         lines = [line for line in service.splitlines() if re.match(r"\w+=", line)]
@@ -73,9 +78,54 @@ def sandboxed(
     )
 
 
+def _in_container(
+    layout: Layout, unit: str, argv: list[str], variables: Json, seconds: int, *, apart: bool, network: bool
+) -> list[str]:
+    """Return the command that runs a program in a container as the unit's, which has only the parts and a /tmp.
+
+    systemd starts the engine: the agent's own unit may not create namespaces.
+    """
+    system = layout.scope == "system"
+    limits = [each for line in unit.splitlines() if line.startswith(_LIMITS) for each in _split(line)]
+    words = ["systemd-run", *([] if system else ["--user"]), "--quiet", "--wait", "--pipe", "--collect"]
+    words += ["--service-type=exec", "--property=Delegate=yes", f"--property=RuntimeMaxSec={seconds + 5}"]
+    words += [f"--property={each}" for each in limits]
+    words += ["--", "podman", "run", "--rm", "--interactive", f"--timeout={seconds}", "--cgroups=split"]
+    words += ["--log-driver=passthrough", "--read-only", "--read-only-tmpfs=false", "--cap-drop=all"]
+    words += ["--security-opt=no-new-privileges", "--tmpfs=/tmp:mode=1777,notmpcopyup", "--workdir=/", "--pids-limit=0"]
+    words += ["--network=host" if network else "--network=none", f"--volume={layout.parts}:{layout.parts}:ro"]
+    if system:
+        user, group = (NOBODY, NOBODY) if apart else layout.owner()
+        words += [f"--user={user}:{group}"]
+    else:
+        words += ["--userns=keep-id"]
+    words += [f"--device={each}" for each in re.findall(r"^AddDevice=(.+)$", unit, re.MULTILINE)]
+    words += [f"--env={name}={value}" for name, value in variables.items()]
+    return [*words, "--rootfs", *re.findall(r"^Rootfs=(.+)$", unit, re.MULTILINE), *argv]
+
+
+_LIMITS = tuple(
+    f"{each}=" for each in ("MemoryMax", "CPUQuota", "TasksMax", "LimitCORE", "IPAddressDeny", "IPAddressAllow")
+)
+
+NOBODY = 65534
+"""The user without files, in every Debian."""
+
+
 def _split(line: str) -> list[str]:
     key, _, words = line.partition("=")
     return [f"{key}={word}" for word in words.split()] if key.startswith("IPAddress") else [line]
+
+
+def unit_of(layout: Layout, release: Json) -> str:
+    """Return the text of a release's unit, or of its container; empty without either."""
+    files: dict[str, str] = release["files"]
+    return files.get(f"{layout.service}.container") or files.get(f"{layout.service}.service", "")
+
+
+def python_of(layout: Layout, release: Json) -> str:
+    """Return the Python of a release's environment, in its part: a container of `sandboxed` has no releases."""
+    return str(layout.parts / release["parts"]["env"] / "bin/python")
 
 
 def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:

@@ -5,6 +5,7 @@ Nested, a machine has no control group controllers, so nothing here limits memor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from tests.host.fleet import Fleet, fresh, link_environment, within
 from tests.host.machine import LOGIN
+from tests.host.test_nodes import Garden
+from tests.host.test_update import proofs
 
 pytestmark = [pytest.mark.host, pytest.mark.podman]
 
@@ -32,8 +35,9 @@ class Contained(Fleet):
     def prefix(self) -> Path:
         return self.machine.root / ("opt/comfyui" if self.scope == "system" else f"{HOME}/hearth/comfyui")
 
-    def configure(self, text: str = "", profile: str = "cpu") -> None:
-        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{SETTINGS}{text}', profile)
+    def configure(self, text: str = "", profile: str = "cpu", keys: str = "", more: str = "") -> None:
+        """`text` is the host's override, `keys` are its own, `more` are further tables."""
+        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{keys}{SETTINGS}{text}{more}', profile)
 
     def ctl(self, words: str) -> str:
         user = f"--user --machine={LOGIN}@ " if self.scope == "user" else ""
@@ -104,3 +108,86 @@ def test_a_container_has_a_hosts_life(box: Contained) -> None:
     assert [path.name for path in box.prefix.iterdir()] == ["data"]
     assert box.ctl("is-active comfyui") == "inactive"
     assert box.machine.run("pgrep -f /app/[m]ain.py", check=False) == ""
+
+
+NODE = """
+import os
+from pathlib import Path
+
+class Mine:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("STRING",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def run(self):
+        return ("",)
+
+NODE_CLASS_MAPPINGS = {"NAME": Mine}
+made = Path(__file__).with_name("made.txt")
+print("NAME", len(os.environ.get("HF_TOKEN", "")), made.read_text() if made.exists() else "", flush=True)
+"""
+INSTALL = """
+import os
+from pathlib import Path
+import torch
+def refused(path):
+    try:
+        Path(path).write_text("x")
+    except OSError:
+        return True
+secret = [name for name in os.environ if "TOKEN" in name]
+seen = [each for each in ("PREFIX/data", "PREFIX/secrets", "/run/hearth") if os.path.lexists(each)]
+Path("made.txt").write_text(f"torch {torch.__version__} {secret} {seen} {refused('PREFIX/x')} {refused('/x')}")
+"""
+SECRET = "s3cret-[v]alue"
+"""The secret as a pattern that does not match itself."""
+
+
+def log(box: Contained) -> str:
+    return box.inv("logs", "--host", "spark", "--lines", "2000").stdout
+
+
+def test_secrets_nodes_and_proofs_are_as_without_a_container(
+    box: Contained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, own = box.machine, f"/{box.prefix.relative_to(box.machine.root)}"
+    garden = Garden(tmp_path / "garden", box)
+    (tmp_path / "garden/upstream/built").mkdir(parents=True)
+    (tmp_path / "garden/upstream/built/install.py").write_text(INSTALL.replace("PREFIX", own))
+    table = garden.commit("built", NODE.replace("NAME", "Built"))
+    garden.write(f'{table}install = "a test"\n', monkeypatch=monkeypatch)
+    (machine.root / "srv/mine").mkdir()
+    (machine.root / "srv/mine/__init__.py").write_text(NODE.replace("NAME", "First"))
+    keys = 'secrets = ["HF_TOKEN"]\ndevelop = ["/srv/mine"]\nmodes = ["development"]\n'
+    box.configure('nodes = ["built"]\n', keys=keys, more=proofs(box, wide={"left": 32}))
+    kept = box.inv("secret", "set", "HF_TOKEN", "--host", "spark", "--command", "echo s3cret-value")
+    assert kept.returncode == 0, kept.stderr
+
+    done = box.deploy()
+    assert done.returncode == 0, done.stderr
+    assert "the first of 96x64" in done.stderr
+    text = log(box)
+    # install.py ran with the release's Python, and saw and wrote nothing of the host.
+    made = re.search(r"Built 12 torch \S+ (.*)", text)
+    assert made
+    assert made[1] == "[] [] True True"
+    assert "First 12" in text
+
+    files = "/etc/systemd /run/systemd /run/containers /var/lib/containers /home/deployer/.config"
+    files += f" {own}/releases {own}/state"
+    assert machine.run(f"grep -rslI '{SECRET}' {files} 2>/dev/null", check=False) == ""
+    assert machine.run(f"journalctl --no-pager | grep '{SECRET}'", check=False) == ""
+    engine = "podman inspect comfyui" if box.scope == "system" else f"sudo -iu {LOGIN} podman inspect comfyui"
+    shown = machine.run(f"{engine}; systemctl show comfyui")
+    assert '"Name": "comfyui"' in shown
+    assert not re.search(SECRET, shown)
+    pid = machine.run("pgrep -f /app/[m]ain.py | head -1").strip()
+    assert machine.run(f"tr '\\0' '\\n' < /proc/{pid}/environ | grep '^HF_TOKEN={SECRET}$'")
+
+    (machine.root / "srv/mine/__init__.py").write_text(NODE.replace("NAME", "Second"))
+    assert within(60, lambda: "Second 12" in log(box))
+    machine.run("rm -r /srv/mine")
+    assert box.ctl("restart comfyui") == ""
+    assert box.answers(90)

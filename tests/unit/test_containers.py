@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tarfile
 from dataclasses import replace
@@ -23,6 +24,7 @@ from agent.files import AgentError, write
 from agent.layout import Layout
 from agent.look import engine as look
 from agent.look.prefix import prefix_state
+from agent.schema import change as schema
 from agent.schema.change import Base, Env
 from agent.schema.facts import Engine
 from agent.schema.live import Containers, Probe
@@ -35,6 +37,7 @@ from deploy.host import Host, Target
 from deploy.host_rules import check_host
 from deploy.inputs import Inputs
 from deploy.profile import Setting
+from lock import image_base
 from lock.nodes import Node
 from ops import doctor
 from ops.checks import Case
@@ -185,22 +188,96 @@ def test_a_container_needs_no_python_of_its_version_on_the_host() -> None:
     assert reasons(boxed(replace(READY, glibc="2.35"))) == ["old-glibc"]
 
 
-def test_what_a_container_cannot_have() -> None:
+def manifest(found: plan.Plan) -> dict[str, Any]:
+    (step,) = (each for each in found.steps if each.kind == "release")
+    value: dict[str, Any] = step.release  # type: ignore[attr-defined]
+    return value
+
+
+def test_secrets_reach_comfyui_by_files_that_only_its_user_reads() -> None:
+    facts = replace(READY, secrets={"HF_TOKEN": "encrypted", "OTHER": "plain"})
+    found = boxed(facts, secrets=("HF_TOKEN", "OTHER"))
+    values, release = unit(found), f"/opt/comfyui/releases/{found.release}"
+    assert values["LoadCredentialEncrypted"] == ["HF_TOKEN:/opt/comfyui/secrets/HF_TOKEN.cred"]
+    assert values["LoadCredential"] == ["OTHER:/opt/comfyui/secrets/OTHER"]
+    assert {"%t/%N/secrets:/run/hearth/secrets:ro,z", f"{release}/agent:/run/hearth/agent:ro"} < {*values["Volume"]}
+    words = shlex.split(values["Exec"][0])
+    assert words[:5] == ["/usr/bin/python3.11", "-I", "-S", "/run/hearth/agent", "confine"]
+    assert json.loads(words[5])["secrets"] == ["HF_TOKEN", "OTHER"]
+    assert words[7] == f"{release}/env/bin/python"
+    # The trial passes them in the same way.
+    assert manifest(found)["confined"] == words[:7]
+    assert "TOKEN" not in " ".join([*values["Environment"], *values["PodmanArgs"]])
+
+
+def test_secrets_of_a_container_without_root_are_its_logins_files() -> None:
+    facts = replace(READY, prefix=OWN, manager="systemd-user", root=False, secrets={"HF_TOKEN": "plain"})
+    values = unit(boxed(facts, scope="user", secrets=("HF_TOKEN",)))
+    assert f"{OWN}/secrets/HF_TOKEN:/run/hearth/secrets/HF_TOKEN:ro,z" in values["Volume"]
+    assert not {"RuntimeDirectory", "LoadCredential"} & set(values)
+
+
+@pytest.mark.parametrize("scope", ["system", "user"])
+def test_nodes_under_development_are_mounted(scope: str) -> None:
+    facts = READY if scope == "system" else replace(READY, prefix=OWN, manager="systemd-user", root=False)
+    found = boxed(facts, scope=scope, develop=("/srv/one",), modes=("development",))
+    values, written = unit(found), manifest(found)
+    at = f"/opt/comfyui/releases/{found.release}/custom_nodes/one" if scope == "system" else "/srv/one"
+    assert f"%t/%N/nodes/one:{at}:ro" in values["Volume"]
+    assert values["ExecStartPre"][0].endswith(" sh one /srv/one")
+    assert written["develop"] == [at]
+    assert "comfyui-reload.service" in written["files"]
+
+
+def prepared(unit: str, folder: Path) -> None:
+    """Run a unit's commands before the start, with its folder in /run here."""
+    for line in unit.splitlines():
+        key, _, command = line.partition("=")
+        if key == "ExecStartPre":
+            argv = shlex.split(command.replace("$$", "$").replace("%%", "%"))
+            subprocess.run(argv, check=True, env={"RUNTIME_DIRECTORY": str(folder), "PATH": "/usr/bin:/bin"})
+
+
+def test_a_missing_node_does_not_keep_a_container_from_starting(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    develop = (f"{tmp_path}/here", f"{tmp_path}/gone")
+    found = boxed(develop=develop, modes=("development",))
+    (tmp_path / "run").mkdir()
+    prepared(manifest(found)["files"]["comfyui.container"], tmp_path / "run")
+    assert (tmp_path / "run/nodes/here").readlink() == tmp_path / "here"
+    assert [*(tmp_path / "run/nodes/gone").iterdir()] == []
+
+
+def test_proofs_and_install_scripts_run_in_a_container_of_their_own() -> None:
     node = Node(url="https://a/b", commit="c" * 40, tree="t" * 64, install="why", why="test")
-    assert reasons(boxed(given=stock(nodes={"one": node}))) == ["image-install"]
-    target = spark(runtime="podman")
-    manager = {"--enable-manager": Setting(value="", why="test")}
-    assert reasons(boxed(target=replace(target, profile=msgspec.structs.replace(target.profile, flags=manager)))) == [
-        "manager-unprotected"
-    ]
-    for host in ({"secrets": ("HF_TOKEN",)}, {"develop": ("/srv/node",)}):
-        with raises("config", 'runtime = "podman"'):
-            check_host("here", Host(address="a", runtime="podman", modes=("development",), **host))  # type: ignore[arg-type]
+    found = boxed(given=stock(nodes={"one": node}))
+    (step,) = (each for each in found.steps if isinstance(each, schema.Node))
+    assert step.unit == manifest(found)["files"]["comfyui.container"]
 
 
-def test_a_bundle_has_no_base() -> None:
-    with workspace.using(replace(workspace.current(), bundled=True)):
-        assert reasons(boxed()) == ["no-base"]
+@pytest.mark.parametrize("scope", ["system", "user"])
+def test_the_manager_gets_its_folders_inside_the_container(scope: str) -> None:
+    target = spark(runtime="podman", scope=scope)
+    flags = {"--enable-manager": Setting(value="", why="test")}
+    target = replace(target, profile=msgspec.structs.replace(target.profile, flags=flags))
+    facts = READY if scope == "system" else replace(READY, prefix=OWN, manager="systemd-user", root=False)
+    found = boxed(facts, target)
+    words = shlex.split(unit(found)["Exec"][0])
+    data = f"{facts.prefix}/data/user"
+    assert json.loads(words[5])["make"][:2] == [f"{data}/default", f"{data}/__manager/cache"]
+    assert "security_level = strong" in manifest(found)["files"]["user/__manager/config.ini"]
+
+
+def test_a_network_without_effect_is_refused() -> None:
+    facts = replace(READY, prefix=OWN, manager="systemd-user", root=False)
+    target = spark(runtime="podman", scope="user")
+    target = replace(target, profile=msgspec.structs.replace(target.profile, network="offline"))
+    assert "network-unenforced" in reasons(boxed(facts, target))
+
+
+def test_a_bundle_without_a_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_base, "recipe", list)
+    assert reasons(boxed()) == ["no-base"]
 
 
 def test_the_doctor_names_what_containers_lack() -> None:

@@ -128,7 +128,7 @@ def comfyui() -> Iterator[ComfyUI]:
 def run(comfyui: ComfyUI, *given: Proof) -> tuple[dict[str, float], list[str], int]:
     """Run proofs; the times, the notes, and how often the pictures were deleted."""
     layout = Layout({"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
-    manifest = {"argv": [sys.executable], "environment": {}, "files": {}}
+    manifest = {"parts": {"env": sys.prefix}, "environment": {}, "files": {}}
     notes: list[str] = []
     cleared: list[int] = []
     command = ["main.py", "--listen", "127.0.0.1", "--port", str(comfyui.port)]

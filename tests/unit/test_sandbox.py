@@ -104,3 +104,40 @@ def test_trial_binds_are_not_below_writable_folders(tmp_path: Path, monkeypatch:
         monkeypatch.setattr("subprocess.run", lambda *_, **__: None)
         tried.clear()
         assert not room.exists()
+
+
+CONTAINER = """[Container]
+Rootfs=/opt/comfyui/parts/base-1:O
+AddDevice=nvidia.com/gpu=all
+Volume=/opt/comfyui/data:/opt/comfyui/data:rw,z
+Volume=%t/%N/secrets:/run/hearth/secrets:ro,z
+Exec=python main.py
+[Service]
+LoadCredential=HF_TOKEN:/opt/comfyui/secrets/HF_TOKEN
+MemoryMax=90%
+IPAddressDeny=link-local 10.0.0.0/8
+"""
+
+
+@pytest.mark.parametrize("scope", ["system", "user"])
+@pytest.mark.parametrize("network", [False, True])
+def test_a_program_in_a_container_sees_the_parts_only(ran: list[str], scope: str, *, network: bool) -> None:
+    release = {"environment": {"A": "1"}}
+    argv = ["/opt/comfyui/parts/env-1/bin/python", "-c", "1"]
+    sandbox.sandboxed(layout(scope=scope), CONTAINER, argv, release, seconds=5, apart=True, network=network)
+    at = ran.index("--")
+    outer, inner = ran[:at], ran[at + 1 :]
+    assert outer[0] == "systemd-run"
+    assert ("--user" in outer) == (scope == "user")
+    limits = {each.removeprefix("--property=") for each in outer if each.startswith("--property=")}
+    assert {"MemoryMax=90%", "IPAddressDeny=link-local", "IPAddressDeny=10.0.0.0/8"} < limits
+    assert not [each for each in limits if "Credential" in each]
+    assert inner[:2] == ["podman", "run"]
+    assert inner[-5:] == ["--rootfs", "/opt/comfyui/parts/base-1:O", *argv]
+    assert [each for each in inner if each.startswith(("--volume", "-v", "--mount"))] == [
+        "--volume=/opt/comfyui/parts:/opt/comfyui/parts:ro"
+    ]
+    assert {"--read-only", "--cap-drop=all", "--security-opt=no-new-privileges"} < {*inner}
+    assert f"--network={'host' if network else 'none'}" in inner
+    assert ("--user=65534:65534" if scope == "system" else "--userns=keep-id") in inner
+    assert {"--device=nvidia.com/gpu=all", "--env=A=1", "--timeout=5"} < {*inner}

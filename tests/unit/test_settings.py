@@ -15,6 +15,7 @@ from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.look import access as devices
 from agent.schema.change import Set, Unset
+from agent.schema.facts import Engine
 from agent.schema.live import Mps, MpsClient, MpsServer
 from agent.schema.settings import Access, Applied, Node, Seen, State
 from deploy import fleet, plan
@@ -255,13 +256,16 @@ def test_mps_is_turned_on_around_a_service_that_runs() -> None:
     found = mps.turn_on(spark(), facts, OFF, mps_state(now=None), {mps.PERCENT: "40"}, plan.Options(drain=5))
     (step,) = found.steps
     assert (step.kind, values(step)["serves"], values(step)["drain"]) == ("set", True, 5)
-    unit, drop_in = values(step)["files"].values()
+    unit, drop_in, container = values(step)["files"].values()
     assert "\nEnvironment=CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=40\n" in unit
     assert f"\nExecStart={CONTROL} -f\n" in unit
     assert "\nUser=comfyui\n" in unit
     assert "\nDeviceAllow=char-nvidia-uvm rw\n" in unit
     assert "$" not in unit
-    assert "\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/comfyui-mps\n" in drop_in
+    for each in (drop_in, container):
+        assert "\nEnvironment=CUDA_MPS_PIPE_DIRECTORY=/run/comfyui-mps\n" in each
+    # A container needs mounts for it, also of the memory that a client shares with its server.
+    assert "\nVolume=/run/comfyui-mps:/run/comfyui-mps\nVolume=/dev/shm:/dev/shm\n" in container
     assert "not verified on GB10" in found.notes[0]
     still = mps.turn_on(spark(), facts, ON, mps_state(now="wanted"), {}, plan.Options())
     assert kinds(still) == []
@@ -280,6 +284,31 @@ def test_mps_is_refused_with_a_reason(facts: Facts, seen: Mps, kind: str) -> Non
     found = mps.turn_on(spark(), facts, seen, mps_state(now=None), limited, plan.Options())
     assert reasons(found) == sorted([kind, "no-such-gpu"])
     assert found.steps == ()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "version", "refused"),
+    [("podman", "4.9.3", ["old-engine"]), ("podman", "5.4.2", []), ("native", "", [])],
+)
+def test_mps_in_a_container_needs_drop_in_files(runtime: str, version: str, refused: list[str]) -> None:
+    facts = replace(running(), engine=Engine(version, True, ("memory",), True, ()) if version else None)
+    target = spark(runtime=runtime)
+    found = mps.turn_on(target, facts, OFF, mps_state(now=None), {}, plan.Options())
+    assert reasons(found) == refused
+
+
+def test_a_drop_in_of_a_container_is_reloaded_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(steps, "QUADLETS", tmp_path)
+    monkeypatch.setattr(steps, "run", calls.append)
+    place = tmp_path / "comfyui.container.d/hearth-mps.conf"
+    for text in ("[Container]\n", None):
+        steps._write_file(str(place), text)
+        assert place.exists() == (text is not None)
+    assert calls == [["systemctl", "daemon-reload"]] * 2
+    assert not place.parent.exists()
 
 
 def test_mps_off_status() -> None:
