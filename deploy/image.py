@@ -205,7 +205,10 @@ def _texts(host: Host, selection: Selection, manifest: Mapping[str, Any], name: 
     options = {"volume": volumes, "publish": ports, "device": devices}
     words = [f"--{option} {shlex.quote(value)}" for option, values in options.items() for value in values]
     lines = [f"      - {json.dumps(each)}" for each in volumes]
-    lines += [f"    ports: {json.dumps(ports)}", *([f"    devices: {json.dumps(devices)}"] if devices else [])]
+    lines += [f"    ports: {json.dumps(ports)}"]
+    if devices:  # `devices: [nvidia.com/gpu=all]` is a path for Debian 13's Compose (2.26)
+        cdi = {"driver": "cdi", "device_ids": devices, "capabilities": ["gpu"]}
+        lines += [f"    deploy: {json.dumps({'resources': {'reservations': {'devices': [cdi]}}})}"]
     values = {
         "title": f"ComfyUI {manifest['version']}, release {manifest['id']}",
         "service": host.service,

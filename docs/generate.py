@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -172,6 +172,8 @@ def _type(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(f"`{json.dumps(each)}`" for each in inner)
+    if origin is Annotated:
+        return _type(inner[0])
     if origin in (Union, UnionType):
         return _type(next(each for each in inner if each is not NoneType))
     if origin is tuple:

@@ -380,7 +380,10 @@ def texts(first: Images, monkeypatch: pytest.MonkeyPatch, name: str) -> dict[str
 @pytest.mark.installer
 def test_a_gpu_and_every_address_are_passed(first: Images, monkeypatch: pytest.MonkeyPatch) -> None:
     found = texts(first, monkeypatch, "gpu")
-    assert '    devices: ["nvidia.com/gpu=all"]\n' in found["compose.yaml"]
+    (line,) = re.findall(r"^    deploy: (.*)$", found["compose.yaml"], re.MULTILINE)
+    assert json.loads(line)["resources"]["reservations"]["devices"] == [
+        {"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}
+    ]
     assert " --device nvidia.com/gpu=all " in found["run.sh"]
     assert 'ports: ["127.0.0.1:8188:8188", "[::1]:8188:8188"]' in found["compose.yaml"]
     assert " --publish 127.0.0.1:8188:8188 --publish '[::1]:8188:8188' " in found["run.sh"]
