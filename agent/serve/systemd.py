@@ -186,7 +186,8 @@ class Systemd:
     def restart(self) -> None:
         """Restart the service without its companions; resets the start limit first. Raises AgentError."""
         subprocess.run([*self.ctl, "reset-failed", self.unit], capture_output=True)
-        run([*self.ctl, "restart", self.unit])
+        how = ["--no-block"] if self._contained() else []  # its start lasts until ComfyUI answers, which may be never
+        run([*self.ctl, "restart", *how, self.unit])
 
     def stop(self) -> None:
         """Stop the service and wait until it has stopped. Raises AgentError."""

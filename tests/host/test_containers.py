@@ -5,7 +5,10 @@ Nested, a machine has no control group controllers, so nothing here limits memor
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +33,7 @@ class Contained(Fleet):
     """A fleet whose host `spark` runs ComfyUI in a container."""
 
     scope = "system"
+    runtime = "podman"
 
     @property
     def prefix(self) -> Path:
@@ -37,7 +41,8 @@ class Contained(Fleet):
 
     def configure(self, text: str = "", profile: str = "cpu", keys: str = "", more: str = "") -> None:
         """`text` is the host's override, `keys` are its own, `more` are further tables."""
-        super().configure(f'runtime = "podman"\nscope = "{self.scope}"\n{keys}{SETTINGS}{text}{more}', profile)
+        given = f'runtime = "{self.runtime}"\nscope = "{self.scope}"\n{keys}{SETTINGS}{text}{more}'
+        super().configure(given, profile)
 
     def ctl(self, words: str) -> str:
         user = f"--user --machine={LOGIN}@ " if self.scope == "user" else ""
@@ -191,3 +196,49 @@ def test_secrets_nodes_and_proofs_are_as_without_a_container(
     machine.run("rm -r /srv/mine")
     assert box.ctl("restart comfyui") == ""
     assert box.answers(90)
+
+
+def queue(box: Contained, prefix: str) -> None:
+    """Queue a job that takes a second."""
+    inputs = {"width": 2000, "height": 1000, "batch_size": 1, "color": zlib.crc32(prefix.encode()) % (1 << 24)}
+    save = {"images": ["1", 0], "filename_prefix": prefix}
+    workflow = {
+        "1": {"class_type": "EmptyImage", "inputs": inputs},
+        "2": {"class_type": "SaveImage", "inputs": save},
+    }
+    body = json.dumps({"prompt": workflow}).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{box.machine.port}/prompt", body)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        assert json.load(answer)["prompt_id"]
+
+
+def test_a_host_moves_into_a_container_and_out_of_it(box: Contained) -> None:
+    done = box.deploy()
+    assert done.returncode == 0, done.stderr
+    boxed, own = box.current(), f"/{box.prefix.relative_to(box.machine.root)}"
+    # Debian 13 has no Python 3.11, whose environment the tests have.
+    copied = "bin/python3.11 lib/python3.11"
+    box.machine.run(f"cd {own}/parts/base-*/usr && tar -cf - {copied} | tar -C /usr -xf -")
+    box.runtime = "native"
+    box.configure('pythons = ["3.11"]\n')
+
+    def moves(release: str, number: int, *words: str) -> str:
+        """Change with jobs in the queue, all of which end; returns the release, which only one process runs."""
+        for each in range(5):
+            queue(box, f"job{number}-{each}")
+        done = box.inv(*words, "--host", "spark", "--no-trial")
+        assert done.returncode == 0, done.stderr
+        assert len([*(box.prefix / "data/output").glob(f"job{number}-*")]) == 5
+        assert box.machine.run("pgrep -fc /app/[m]ain.py").strip() == "1"
+        assert box.ctl("is-active comfyui") == "active"
+        assert box.current() == release or not release
+        return box.current()
+
+    native = moves("", 1, "deploy")
+    assert native != boxed
+    moves(boxed, 2, "rollback")
+    moves(native, 3, "rollback")
+    assert "nothing to do" in box.deploy("--dry-run").stdout
+    box.runtime = "podman"
+    box.configure()
+    moves(boxed, 4, "deploy")

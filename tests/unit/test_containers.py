@@ -358,6 +358,18 @@ def test_releases_with_and_without_container_replace_each_other(managed: systemd
     assert managed.placed() == []
 
 
+@pytest.mark.parametrize(("release", "waits"), [("native", True), ("boxed", False)])
+def test_a_restart_does_not_wait_for_a_container_to_answer(
+    managed: systemd.Systemd, monkeypatch: pytest.MonkeyPatch, release: str, *, waits: bool
+) -> None:
+    """A node under development may keep ComfyUI from answering, until its next change restarts it."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(systemd, "run", calls.append)
+    switch(managed, release)
+    managed.restart()
+    assert calls == [["systemctl", "restart", *([] if waits else ["--no-block"]), "comfyui.service"]]
+
+
 def test_a_container_of_another_prefix_is_found(managed: systemd.Systemd, tmp_path: Path) -> None:
     switch(managed, "boxed")
     managed.install()
