@@ -16,10 +16,10 @@ QUADLET, PODMAN, DROP_INS = "4.4", "4.8", "5.0"
 """The first Podman with Quadlet, the first with all that the unit needs, and the first with drop-in files."""
 
 
-def no_base(what: str) -> Refusal:
-    """There is no root file system for containers."""
-    remedy = 'deploy from a checkout, or set runtime = "native" for this host'
-    return Refusal("no-base", f"{what} has no root file system for containers", remedy)
+def no_base() -> Refusal:
+    """The bundle was made for a host without a container."""
+    remedy = 'create it again with runtime = "podman" for this host: inv bundle; or set runtime = "native"'
+    return Refusal("no-base", "the bundle has no root file system for containers", remedy)
 
 
 def lacking(target: Target, facts: Facts) -> list[Refusal]:

@@ -120,7 +120,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
     if not (python or (contained and facts.pythons)):
         return None, [*found, refusals.no_python(listed, facts)]
     if contained and not image_base.recipe():
-        return None, [*found, container_refusals.no_base("this bundle")]
+        return None, [*found, container_refusals.no_base()]
     if contained:
         python, found = image_base.base().python, found + container_refusals.lacking(target, facts)
         if (facts.platform, python) not in inputs.locks:

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,12 @@ from agent.schema.live import Containers, Probe
 from agent.serve import systemd
 from core import workspace
 from core.stack import Platform
-from deploy import containers, plan
+from core.workspace import Workspace
+from deploy import bundle, containers, image_layout, plan
 from deploy.facts import Facts
 from deploy.host import Host, Target
 from deploy.host_rules import check_host
+from deploy.image_parts import Layer
 from deploy.inputs import Inputs
 from deploy.profile import Setting
 from lock import image_base
@@ -278,6 +281,34 @@ def test_a_network_without_effect_is_refused() -> None:
 def test_a_bundle_without_a_base_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_base, "recipe", list)
     assert reasons(boxed()) == ["no-base"]
+
+
+def test_a_bundle_has_the_root_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = workspace.current()
+    mine = replace(here, cache=tmp_path / "mine")
+    theirs = Workspace.of_bundle(tmp_path / "bundle")
+    platform, target = Platform.LINUX_AARCH64, spark(runtime="podman")
+
+    def debian(_: Platform, group: str) -> Layer:
+        def entries() -> Any:
+            if workspace.current().bundled:
+                pytest.fail("a bundle has the layers")
+            return nullcontext([image_layout.file(f"etc/{group}", b"1")])
+
+        return group, entries
+
+    monkeypatch.setattr(containers, "debian", debian)
+    with workspace.using(mine):
+        for name, path in bundle._root(target, platform).items():
+            (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "bundle" / name).write_bytes(path.read_bytes())
+    with workspace.using(theirs):
+        assert {path.name for path in image_base.recipe()} == {"base.toml", "base.lock"}
+        found = []
+        for path in containers.archives(platform, tmp_path, cuda=target.profile.cuda):
+            with tarfile.open(path) as archive:
+                found += [each for each in archive.getnames() if "/" in each]
+    assert found == ["etc/base", "etc/compiler"]
 
 
 def test_the_doctor_names_what_containers_lack() -> None:
