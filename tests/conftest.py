@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "fish": "fish",
     "g++": "g++",
+    "Python.h": "python3-dev",
     "git": "git",
     "haproxy": "haproxy",
     "ip": "iproute2",
@@ -82,13 +84,19 @@ def pytest_report_header() -> str:
     return f"HEARTH_SEED={os.environ['HEARTH_SEED']}"
 
 
+def _has(name: str, path: str) -> bool:
+    header = Path(sysconfig.get_path("include"), name)
+    return header.exists() if header.suffix == ".h" else bool(shutil.which(name, path=path))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Turn `needs` into skips that name the packages to install. In CI (`CI` is set), the test fails instead."""
     path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
     for item in items:
         needed = [str(name) for mark in item.iter_markers("needs") for name in mark.args]
-        packages = {PACKAGES[name] for name in needed if name != "root" and not shutil.which(name, path=path)}
+        needed += ["Python.h"] if "g++" in needed else []  # what is compiled includes it
+        packages = {PACKAGES[name] for name in needed if name != "root" and not _has(name, path)}
         reasons = [f"apt-get install {' '.join(sorted(packages))}"] if packages else []
         reasons += ["run as root"] if "root" in needed and os.geteuid() != 0 else []
         if reasons and not os.environ.get("CI"):

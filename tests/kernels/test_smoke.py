@@ -13,7 +13,7 @@ from core import files, tools
 from core.stack import Platform, find_stack
 from kernels import toolchain
 
-pytestmark = pytest.mark.toolchain
+pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++")]
 
 RIGHT = """
 import json, math, sys, torch

@@ -17,6 +17,8 @@ from kernels import inspection, sbom, wheel
 from kernels.matrix import Build, Request, select
 from tests.errors import raises
 
+pytestmark = pytest.mark.needs("g++")
+
 
 @pytest.fixture(scope="module")
 def build() -> Build:

@@ -61,6 +61,7 @@ def test_a_module_of_host_code_has_no_machine_code(cuobjdump: Path) -> None:
     assert inspection.device_code(Path("m.so")) == ([], ())
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize(
     ("arch", "sass", "ptx", "kernels", "faults"),
     [
@@ -95,6 +96,7 @@ def test_a_module_with_kernels_contains_code_for_the_target_only(
 ADA, BLACKWELL = LocalGpu(Arch(8, 9), "GPU-1"), LocalGpu(Arch(12, 0), "GPU-2")
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize(
     ("gpus", "arch", "detail"),
     [

@@ -59,6 +59,7 @@ def test_a_value_that_cannot_be_part_of_a_wheel_is_refused(tmp_path: Path, old: 
         load_recipe(edited(tmp_path, old, new))
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize(
     ("old", "new"), [('name = "tiny"', 'name = "Tiny-Kernels_2"'), ('version = "0.1"', 'version = "1.0rc1.post2"')]
 )
@@ -150,6 +151,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return place
 
 
+@pytest.mark.needs("g++")
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN, indirect=True)
 def test_a_broken_recipe_blocks_no_other_and_is_named(broken: Path) -> None:
     builds, skipped = select(Request(arch="8.9", python="3.11"))

@@ -23,6 +23,8 @@ from tests.conftest import FIXTURES
 from tests.errors import raises
 from tests.repositories import repository
 
+pytestmark = pytest.mark.needs("g++")
+
 MODULE = 'kernels = ["csrc/sum.cu"]'
 
 

@@ -63,6 +63,7 @@ def properties(component: dict[str, Any]) -> dict[str, str]:
     return {each["name"]: each["value"] for each in component["properties"]}
 
 
+@pytest.mark.needs("g++")
 def test_sbom_is_valid_cyclonedx(known: dict[str, Any]) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator  # a second of grammars

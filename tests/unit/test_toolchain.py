@@ -311,6 +311,7 @@ def test_a_recipe_is_utf8_in_every_locale(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.needs("g++")
 def test_two_names_of_one_target_are_one_build() -> None:
     builds, _ = select(Request(arch="9.0;9.0a", kernel="sageattention", python="3.11, 3.11"))
     assert len(builds) == 1
