@@ -48,6 +48,11 @@ def run(argv: list[str], env: dict[str, str], cwd: Path, timeout: float) -> subp
         return subprocess.CompletedProcess(argv, os.waitstatus_to_exitcode(status), _text(out), _text(err))
 
 
+def start() -> None:
+    """Start this process's server now: it keeps the network, umask and limits that this process has at its start."""
+    _server(os.getpid())
+
+
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return file.read().decode()

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from deploy.gateways import trial_port
+from tests import warm
 from tests.gateway import StandIn
 from tests.host.fleet import Fleet, fresh, within
 from tests.host.machine import Machine, free_port
@@ -41,6 +42,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 @contextmanager
 def network_of(machine: Machine) -> Iterator[None]:
     """Let this thread, and the threads and processes that it starts, use a machine's network."""
+    warm.start()
     setns, network = ctypes.CDLL(None).setns, 0x40000000  # CLONE_NEWNET
     with Path("/proc/thread-self/ns/net").open() as own, Path(f"/proc/{machine.first}/ns/net").open() as theirs:
         assert setns(theirs.fileno(), network) == 0
