@@ -59,7 +59,7 @@ def test_comfyui_follows_its_mounts(steady: Fleet) -> None:
     machine.run("mount --bind /srv/inodes /srv/pool")
     done = steady.deploy("--no-trial")
     assert done.returncode == 0, done.stderr
-    assert "make /srv/pool/out" in done.stderr
+    assert "create /srv/pool/out" in done.stderr
     picture(steady, "kept")
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
     assert exposure(steady, "comfyui-storage") <= 2.0
