@@ -54,7 +54,15 @@ def tests(session: nox.Session) -> None:
 
 
 QUICK = "not installer and not toolchain and not gpu and not host"
-PARALLEL = ("--override-ini", "testpaths=tests/unit", "--numprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
+PARALLEL = (
+    "--override-ini",
+    "testpaths=tests/unit",
+    "--numprocesses",
+    "4",
+    "--dist",
+    "loadfile",
+    "--no-loadscope-reorder",
+)
 """Four files in parallel on two cores: they wait. A file's tests share fixtures, such as ComfyUI's parsed code."""
 
 
