@@ -48,9 +48,9 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU, four files in parallel: hosts boot, start and wait. The long ones run first."""
-    four = ("--numprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
-    session.run("pytest", "-m", "not gpu", *four, *session.posargs, env=CACHED)
+    """Every test that needs no GPU, five files in parallel: hosts boot, start and wait. The long ones run first."""
+    five = ("--numprocesses", "5", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
+    session.run("pytest", "-m", "not gpu", *five, *session.posargs, env=CACHED)
 
 
 QUICK = "not installer and not toolchain and not gpu and not host"
