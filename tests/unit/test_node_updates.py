@@ -22,6 +22,8 @@ from lock.updates import upstream as upstreams
 from lock.updates.proposal import Request
 from tests.errors import raises
 
+pytestmark = pytest.mark.process  # git
+
 
 @dataclass
 class Upstream:

@@ -16,6 +16,8 @@ from core import files, foreign, source
 from tests.errors import raises
 from tests.repositories import repository
 
+pytestmark = pytest.mark.process  # git
+
 
 @pytest.fixture
 def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
