@@ -32,7 +32,7 @@ from tests.gateway import PASSWORD, Running, basic, closed
 from tests.host.machine import clear, free_port
 from tests.host.test_local import Here
 
-LOADS, ROUNDS, PROMPTS, SOCKETS = 5, 10, 15, 200
+LOADS, ROUNDS, PROMPTS, SOCKETS = 5, 40, 15, 200
 UNLIMITED = Limits(requests=1_000_000, prompts=1_000_000, connections=10_000)
 NODES = 30
 PROMPT = {
