@@ -420,10 +420,6 @@ class World:
         return found
 
 
-SHARES = {**dict.fromkeys(KILLS, 0.5 / len(KILLS)), **dict.fromkeys(FAILURES, 1 / 16)}
-"""The share of operations at which an ordinary run tries a fault, by chance; `--faults` tries all."""
-
-
 def count_of(world: World, photographs: Path | None = None) -> tuple[list[str], list[str]]:
     """The durable operations of a scenario without faults, and those that the counter missed."""
     shared = mmap.mmap(-1, 1 << 20)
@@ -452,7 +448,7 @@ def test_cut_over_survives_every_fault_at_every_operation(
         bad: list[str] = []
         chosen: list[tuple[str, int]] = []
         for at in range(1, len(seen) + 1):
-            some = [mode for mode, share in SHARES.items() if chance.random() < share]
+            some = [chance.choice(KILLS), *(mode for mode in FAILURES if chance.random() < 1 / 8)]
             chosen += [(mode, at) for mode in (MODES if all_faults else some)]
         for mode, at in chosen:
             photographed = mode in KILLS and at % 16 != 0  # the others are really killed

@@ -198,6 +198,7 @@ def killed_at(number: int, place: Path, records: Path) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.process
 def test_a_killed_run_leaves_the_old_image_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # the system goes on
     place, records = tmp_path / "image", tmp_path / "records"

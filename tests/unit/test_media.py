@@ -470,6 +470,7 @@ def test_links_pipes_and_missing_files_are_reported(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == raw
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("at", range(9))
 def test_a_killed_run_loses_nothing_and_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:

@@ -86,6 +86,7 @@ for count in range(100):
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("verb", ["do", "undo"])
 def test_a_killed_change_is_old_or_new(root: Path, verb: str) -> None:
     before, after = (OLD_FILES, NEW_FILES) if verb == "do" else (NEW_FILES, OLD_FILES)

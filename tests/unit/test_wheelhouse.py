@@ -427,6 +427,7 @@ def test_a_manifest_in_another_gpus_index_does_not_count(tmp_path: Path) -> None
     assert house.wheels() == [found]
 
 
+@pytest.mark.process
 def test_concurrent_admissions_are_all_in_the_index(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core import manifest; from core.wheelhouse import Wheelhouse\n"
