@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core import console, lockfile, workspace
-from core.errors import LockError, UsageError
+from core.errors import ConfigError, LockError, UsageError
 from deploy import proofs
 from deploy.refusals import refused
 from deploy.release_refusals import known_bad
@@ -94,11 +94,11 @@ def gather(target: Target) -> Inputs:
 
 
 def _recipes(target: Target) -> tuple[dict[str, tuple[str, str]], list[HearthError]]:
-    """The current version and default profile of a target's kernels, and the errors of their recipes.
+    """The current version and the profile of a target's kernels, and the errors of their recipes.
 
     A bundle has one wheel of each, and no recipe.
     """
-    kernels = target.profile.kernels
+    kernels = target.profile.kernel_profiles
     if not kernels or workspace.current().bundled:
         return {}, []
     try:
@@ -109,7 +109,12 @@ def _recipes(target: Target) -> tuple[dict[str, tuple[str, str]], list[HearthErr
     for name in sorted(invalid.keys() - errors.keys()):
         console.say(f"the recipe of {name} is not valid, and not used: {invalid[name].what}")
     chosen = {name: for_stack(same, target.stack) for name, same in valid.items() if name in kernels}
-    return {name: (recipe.version, recipe.default_profile) for name, recipe in chosen.items()}, list(errors.values())
+    for name, recipe in chosen.items():
+        if kernels[name] and kernels[name] not in recipe.profiles:
+            what = f"{target.name}: {name} has no profile {kernels[name]}"
+            errors[name] = ConfigError("config", what, hint=f"profiles: {', '.join(recipe.profiles) or 'none'}")
+    found = {name: (recipe.version, kernels[name] or recipe.default_profile) for name, recipe in chosen.items()}
+    return found, list(errors.values())
 
 
 def _refuse_known_bad(target: Target, chosen: Mapping[str, Node]) -> None:

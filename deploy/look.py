@@ -42,7 +42,7 @@ def _fitting_profile() -> str:
     wheels = workspace.current().wheelhouse.wheels()
     built = {(wheel.kernel, capability) for wheel in wheels for capability in wheel.capabilities}
     for name, profile in profiles().items():
-        if profile.arch in gpus and all((kernel, profile.arch) in built for kernel in profile.kernels):
+        if profile.arch in gpus and all((kernel, profile.arch) in built for kernel in profile.kernel_profiles):
             return name
     return "cuda"
 

@@ -90,7 +90,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     unified: bool = False
     """CPU and GPU share their memory."""
     kernels: tuple[str, ...] = ()
-    """Kernel wheels to install, by the names of their recipes."""
+    """Kernel wheels to install, by the names of their recipes. `NAME:PROFILE` is not the default profile's wheel."""
     nodes: tuple[str, ...] = ()
     """Sets and names of custom nodes in `recipes/comfyui/nodes.toml`."""
     flags: dict[str, Setting] = {}
@@ -112,6 +112,11 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The unit's `Restart=`."""
     prove: tuple[Prove, ...] = ()
     """Workflows that a release must run."""
+
+    @property
+    def kernel_profiles(self) -> dict[str, str]:
+        """The profile of each kernel by its name; empty: the recipe's default."""
+        return {name: profile for name, _, profile in (each.partition(":") for each in self.kernels)}
 
 
 class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

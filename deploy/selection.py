@@ -126,7 +126,7 @@ def choose(target: Target, facts: Facts, inputs: Inputs) -> tuple[Selection | No
         if (facts.platform, python) not in inputs.locks:
             return None, [*found, refusals.no_lock(facts.platform, python, inputs)]
     wheels: list[Manifest] = []
-    for kernel in profile.kernels:
+    for kernel in profile.kernel_profiles:
         wheel = find_wheel(inputs, kernel, target, facts.platform, python)
         if isinstance(wheel, Refusal):
             found.append(wheel)
@@ -166,7 +166,7 @@ def unseen(target: Target, inputs: Inputs, platform: str, python: str, nothing: 
         raise refused(nothing, found)
     if found := refusals.recipes(inputs):
         raise refused(nothing, found)
-    wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernels]
+    wheels = [find_wheel(inputs, kernel, target, platform, python) for kernel in target.profile.kernel_profiles]
     if missing := [wheel for wheel in wheels if isinstance(wheel, Refusal)]:
         raise refused("kernel wheels are missing", missing)
     return [wheel for wheel in wheels if not isinstance(wheel, Refusal)]
@@ -175,9 +175,9 @@ def unseen(target: Target, inputs: Inputs, platform: str, python: str, nothing: 
 def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, python: str) -> Manifest | Refusal:
     """The matching wheel: the recipe's version and default profile; without that, the highest version.
 
-    Of such, the one for the fewest GPUs.
+    Of such, the one for the fewest GPUs. If the target names a profile, only its wheels.
     """
-    stack, arch = target.stack, target.profile.arch
+    stack, arch, asked = target.stack, target.profile.arch, target.profile.kernel_profiles[kernel]
     fitting = [
         wheel
         for wheel in inputs.wheels
@@ -185,6 +185,7 @@ def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, pytho
         and arch in wheel.capabilities
         and (wheel.stack, wheel.platform) == (stack.name, platform)
         and wheel.suits(python, stack.torch)
+        and asked in ("", wheel.profile)
     ]
     if fitting:
         version, profile = inputs.recipes.get(kernel, ("", ""))
@@ -194,5 +195,7 @@ def find_wheel(inputs: Inputs, kernel: str, target: Target, platform: str, pytho
             return public == version, Version(public), wheel.profile == profile, -len(wheel.arch), wheel.key
 
         return max(fitting, key=rank)
-    words = ("--kernel", kernel, "--arch", arch, "--stack", stack.name, "--python", python, "--platform", platform)
-    return refusals.no_wheel(f"{kernel} for {arch}, {stack.name}, Python {python}, {platform}", words)
+    words = ["--kernel", kernel, "--arch", arch, "--stack", stack.name, "--python", python, "--platform", platform]
+    words += ["--profile", asked] if asked else []
+    what = f"{kernel}{asked and f' ({asked})'} for {arch}, {stack.name}, Python {python}, {platform}"
+    return refusals.no_wheel(what, tuple(words))

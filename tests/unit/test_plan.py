@@ -382,6 +382,19 @@ def test_recipe_decides_version_and_profile(usual: str, other: str) -> None:
         assert found.file == "best.whl"
 
 
+def test_a_host_names_the_profile_of_a_kernel() -> None:
+    """Then another profile's wheel is none, however new, and the command that builds it names the profile."""
+    target = spark()
+    target = replace(target, profile=msgspec.structs.replace(target.profile, kernels=("flash-attn:full",)))
+    full, usual = wheel("flash-attn", profile="full"), wheel("flash-attn", profile="diffusion", version="9+cu130")
+    for listed in ((full, usual), (usual, full)):
+        stock = replace(inputs(*listed), recipes={"flash-attn": ("9", "diffusion")})
+        assert find_wheel(stock, "flash-attn", target, "linux_aarch64", "3.12") == full
+    missing = find_wheel(inputs(usual), "flash-attn", target, "linux_aarch64", "3.12")
+    assert isinstance(missing, refusals.Refusal)
+    assert missing.build[-2:] == ("--profile", "full")
+
+
 @pytest.mark.parametrize(
     ("arch", "fits"),
     [("12.1", True), ("12.1a", True), ("12.1+PTX", True), ("12.0;12.1", True), ("12.0", False), ("2.1", False)],

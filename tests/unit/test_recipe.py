@@ -177,6 +177,8 @@ def test_a_broken_recipe_stops_only_a_deploy_of_its_kernel(broken: Path, monkeyp
     assert needed("sageattention", "good") == ({"sageattention", "good"}, [])
     assert [each for each in said if str(broken) in each]
     assert needed("sageattention", "tiny") == ({"sageattention"}, ["config"])
+    assert needed("sageattention:full") == ({"sageattention"}, [])
+    assert needed("sageattention:fulll")[1] == ["config"]
 
 
 def test_a_folder_without_recipes_stops_a_deploy_of_kernels_and_no_status(
