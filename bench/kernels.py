@@ -128,9 +128,10 @@ def hearth_env(work: Path) -> dict[str, str]:
 SAGE = ("build-kernels", "--kernel", "sageattention", "--arch", ARCH, "--python", PYTHON, "--platform", "linux_x86_64")
 
 
-def hearth(work: Path) -> tuple[Cost, Path]:
+def hearth(work: Path, *more: str) -> tuple[Cost, Path]:
     """The same wheel by Hearth, cold: compile, link, assemble, inspect, import."""
-    cost = measure(inv(*SAGE), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "hearth.log")
+    work.mkdir(exist_ok=True)
+    cost = measure(inv(*SAGE, *more), cwd=files.CHECKOUT, env=hearth_env(work), log=work / "hearth.log")
     return cost, next((work / "wheelhouse").rglob("*.whl"))
 
 
@@ -238,19 +239,22 @@ def side_by_side(work: Path) -> str:
     """SageAttention by the setup.py of the original, by that of the fork, and by Hearth, which builds the fork."""
     same = find_recipes("sageattention")
     ours, our_wheel = hearth(work)
+    full, full_wheel = hearth(work / "full", "--profile", "full")
     fork, fork_wheel = upstream(for_stack(same, find_stack()), work / "fork")
     original, original_wheel = upstream(next(each for each in same if not each.stable_torch), work / "original")
-    code, fork_code = kernel_functions(our_wheel), kernel_functions(fork_wheel)
+    code, full_code, fork_code = map(kernel_functions, (our_wheel, full_wheel, fork_wheel))
     return SIDE_BY_SIDE.format(
         original=original,
         fork=fork,
         ours=ours,
+        full=full,
         wall=original.wall / ours.wall,
         cpu=original.cpu / ours.cpu,
         peak=original.peak / ours.peak,
-        functions=[len(kernel_functions(original_wheel)), len(fork_code), len(code)],
-        both=len(fork_code.keys() & code),
-        same=sum(fork_code.get(name) == each for name, each in code.items()),
+        functions=[len(kernel_functions(original_wheel)), len(fork_code), len(code), len(full_code)],
+        lean=sum(full_code.get(name) == each for name, each in code.items()),
+        both=len(fork_code.keys() & full_code),
+        same=sum(fork_code.get(name) == each for name, each in full_code.items()),
     )
 
 
@@ -311,19 +315,19 @@ SIDE_BY_SIDE = """\
 ## SageAttention 2.2.0 for 12.1 (x86_64, Python 3.11), clean build
 
 Original (thu-ml) and fork (woct0rdho): `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores.
-For 12.1 the fork's leaves out the module `_qattn_sm80`. Hearth: `inv build-kernels` with the default profile, which
-builds the fork with that module and without the kernels that its Python code never calls. Hearth also inspects and
-imports the wheel. The same nvcc, torch and g++.
+For 12.1 the fork's leaves out the module `_qattn_sm80`. Hearth: `inv build-kernels`, which builds the fork with that
+module. The default profile, `lean`, leaves out the kernels that ComfyUI does not call on one GPU; `full` has all. Hearth
+also inspects and imports the wheel. The same nvcc, torch and g++.
 
-| | original | fork | Hearth | original / Hearth |
-| --- | ---: | ---: | ---: | ---: |
-| wall, s | {original.wall:.0f} | {fork.wall:.0f} | {ours.wall:.0f} | {wall:.2f} |
-| CPU, s | {original.cpu:.0f} | {fork.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} |
-| peak memory of one compile, MB | {original.peak:.0f} | {fork.peak:.0f} | {ours.peak:.0f} | {peak:.2f} |
-| kernel functions | {functions[0]} | {functions[1]} | {functions[2]} | |
+| | original | fork | Hearth | original / Hearth | Hearth, `full` |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| wall, s | {original.wall:.0f} | {fork.wall:.0f} | {ours.wall:.0f} | {wall:.2f} | {full.wall:.0f} |
+| CPU, s | {original.cpu:.0f} | {fork.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} | {full.cpu:.0f} |
+| peak memory of one compile, MB | {original.peak:.0f} | {fork.peak:.0f} | {ours.peak:.0f} | {peak:.2f} | {full.peak:.0f} |
+| kernel functions | {functions[0]} | {functions[1]} | {functions[2]} | | {functions[3]} |
 
-Machine code: the fork's wheel and Hearth's have {both} kernel functions in common; {same} of them are identical byte by
-byte.
+Machine code: {lean} of the {functions[2]} kernel functions of `lean` are identical, byte by byte, to those of `full`. The
+fork's wheel and `full` have {both} in common; {same} of them are identical.
 """
 
 AFTERWARDS = """\
