@@ -122,10 +122,11 @@ def test_python_source_has_a_path_for_every_arch(path: str) -> None:
 
 
 def assemble(place: Path, images: bytes, host: str) -> str:
-    """An object with device code, as nvcc lays it out."""
+    """An object with device code, as nvcc lays it out, and with a constant that is named for its arch, as CUB's."""
     content = merge.HEADER.pack(merge.MAGIC, 1, merge.HEADER.size, len(images)) + images
     listed = ",".join(map(str, content))
     source = f'.section .nv_fatbin,"a"\n.align 8\nfatbinData:\n.byte {listed}\n.text\n.globl {host}\n{host}: ret\n'
+    source += f'.section .rodata\nsm_{images[:1].decode()}: .long 1\n'
     place.with_suffix(".s").write_text(source)
     subprocess.run(["g++", "-c", place.with_suffix(".s"), "-o", place], check=True)
     return str(place)
