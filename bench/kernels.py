@@ -323,11 +323,11 @@ also inspects and imports the wheel. The same nvcc, torch and g++.
 | --- | ---: | ---: | ---: | ---: | ---: |
 | wall, s | {original.wall:.0f} | {fork.wall:.0f} | {ours.wall:.0f} | {wall:.2f} | {full.wall:.0f} |
 | CPU, s | {original.cpu:.0f} | {fork.cpu:.0f} | {ours.cpu:.0f} | {cpu:.2f} | {full.cpu:.0f} |
-| peak memory of one compile, MB | {original.peak:.0f} | {fork.peak:.0f} | {ours.peak:.0f} | {peak:.2f} | {full.peak:.0f} |
+| memory of one compile, MB | {original.peak:.0f} | {fork.peak:.0f} | {ours.peak:.0f} | {peak:.2f} | {full.peak:.0f} |
 | kernel functions | {functions[0]} | {functions[1]} | {functions[2]} | | {functions[3]} |
 
-Machine code: {lean} of the {functions[2]} kernel functions of `lean` are identical, byte by byte, to those of `full`. The
-fork's wheel and `full` have {both} in common; {same} of them are identical.
+Machine code: {lean} of the {functions[2]} kernel functions of `lean` are identical, byte by byte, to those of `full`.
+The fork's wheel and `full` have {both} in common; {same} of them are identical.
 """
 
 AFTERWARDS = """\

@@ -126,7 +126,7 @@ def assemble(place: Path, images: bytes, host: str) -> str:
     content = merge.HEADER.pack(merge.MAGIC, 1, merge.HEADER.size, len(images)) + images
     listed = ",".join(map(str, content))
     source = f'.section .nv_fatbin,"a"\n.align 8\nfatbinData:\n.byte {listed}\n.text\n.globl {host}\n{host}: ret\n'
-    source += f'.section .rodata\nsm_{images[:1].decode()}: .long 1\n'
+    source += f".section .rodata\nsm_{images[:1].decode()}: .long 1\n"
     place.with_suffix(".s").write_text(source)
     subprocess.run(["g++", "-c", place.with_suffix(".s"), "-o", place], check=True)
     return str(place)
