@@ -172,16 +172,15 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
     contained = bool(selection.base_part)
     confined = containers.confinement(selection, made) if contained else units.confinement(selection, prefix, place)
     running |= {"confined": confined} if confined else {}
+    service, command = target.host.service, [*confined, *argv]
     if contained:
         tls = all(flag in target.flags for flag in TLS_FLAGS)
-        text = containers.unit(selection, [*confined, *argv], environment, prefix, release, developed, tls=tls)
-        files[f"{target.host.service}.container"] = text
+        text = containers.unit(selection, command, environment, prefix, release, developed, tls=tls)
+        files[f"{service}.container"] = text
     else:
-        files[f"{target.host.service}.service"] = units.service(
-            selection, [*confined, *argv], environment, data, release, more
-        )
-    for name, text in units.companions(selection, prefix, release, developed).items():
-        files[f"{target.host.service}-{name}"] = text
+        files[f"{service}.service"] = units.service(selection, command, environment, data, release, more)
+    companions = units.companions(selection, prefix, release, developed)
+    files |= {f"{service}-{name}": text for name, text in companions.items()}
     # read by the supervisor, which does this itself, and by the units' processes
     running |= {"develop": list(developed.values())} if developed else {}
     return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
