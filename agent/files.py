@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from agent.schema.decode import decode
+
+T = TypeVar("T")
 Json = dict[str, Any]
 Note = Callable[[str], None]
 """Reports an event to the clients that follow the run."""
@@ -206,8 +209,30 @@ def read(path: Path, *, lenient: bool = False) -> Json:
         return found
     if lenient:
         return {}
+    raise _damaged(path, "it is not a JSON object")
+
+
+def recorded(path: Path, kind: type[T], *, lenient: bool = False) -> T:
+    """Read the dataclass (or a dictionary of it) that an agent of any version has written; see `read`.
+
+    Missing fields have their defaults. Raises AgentError if it is damaged; with `lenient`, return `kind()`.
+    """
+    try:
+        return decode(kind, read(path, lenient=lenient), lenient=True)
+    except ValueError as error:
+        if lenient:
+            return kind()
+        raise _damaged(path, str(error)) from None
+
+
+def _damaged(path: Path, why: str) -> AgentError:
     hint = f"inspect it; if you do not need it, delete it (rm {path}) and run the same command again"
-    raise AgentError("step", f"{path} is damaged: it is not a JSON object", "a disk error, or a manual edit", hint)
+    return AgentError("step", f"{path} is damaged: {why}", "a disk error, or a manual edit", hint)
+
+
+def record(path: Path, value: object, mode: int = 0o644) -> None:
+    """Write a dataclass as JSON (`recorded`), atomically and durably. Raises OSError."""
+    write(path, json.dumps(value, default=vars), mode)
 
 
 def sha256(path: Path) -> str:

@@ -11,25 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.files import AgentError, Json, read, write
+from agent.schema.decode import decode
+from agent.schema.site import Site
 
 
 class Layout:
     """The folders of a prefix and their owners."""
 
     def __init__(self, layout: Json) -> None:
-        self.json = layout
-        self.prefix = Path(layout["prefix"]).expanduser()
-        self.service = str(layout["service"])
-        self.scope = str(layout["scope"])  # "system" (root, systemd) or "user"
-        self.user = str(layout["user"])  # the service's user; empty: the user who runs this
+        self.site = site = decode(Site, layout, lenient=True)
+        self.prefix = Path(site.prefix).expanduser()
+        self.service, self.scope, self.user = site.service, site.scope, site.user
         self.group = f"{self.user}-members" if self.user else ""  # the members' group, without the service
-        self.exporter = str(layout.get("exporter", ""))  # the exporter's user
-        self.public = bool(layout.get("public"))  # whether all local users may read the data
-        self.address = str(layout["address"])
-        self.port = int(layout["port"])
-        self.trial = int(layout.get("trial", 0))  # the port of trials, if a gateway's firewall guards it; 0: any
-        self.mounts: dict[str, str] = layout.get("mounts", {})  # mount point -> systemd unit
-        self.elsewhere: dict[str, str] = layout.get("folders", {})  # name -> path of folders outside the data
+        self.exporter, self.public = site.exporter, site.public
+        self.address, self.port, self.trial = site.address, site.port, site.trial
+        self.mounts, self.elsewhere = site.mounts, site.folders
         self.parts = self.prefix / "parts"
         self.releases = self.prefix / "releases"
         self.current = self.prefix / "current"

@@ -7,7 +7,10 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from agent.schema.change import CutOver, Restart
+from agent.schema.gateway import Aside
 from core import console
 from core.errors import HearthError
 from deploy import connection
@@ -87,7 +90,7 @@ def _connected(name: str, host: str, options: Options) -> Iterator[Agent | None]
 
 def _set(there: Agent, name: str, state: str) -> bool:
     try:
-        return bool(there.call("gateway-server", host=name, state=state, seconds=LEASE)["done"])
+        return msgspec.convert(there.call("gateway-server", host=name, state=state, seconds=LEASE), Aside).done
     except HearthError as error:
         console.say(f"the gateway did not set {name} to {state}: {error.what}; inv gateway status shows its state")
         return False

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from agent.schema.gateway import GatewayState
 from core.errors import ConfigError, UsageError, suggest
 from deploy.host_rules import PLAIN_PATH, duration
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from deploy.connection import Agent
     from deploy.host import Host, Hosts
 
 PERSON = re.compile(r"[a-z][a-z0-9._-]{0,31}")
@@ -78,9 +80,10 @@ def upload_bytes(limits: Limits) -> int:
     return int(number) * _SIZES[unit]
 
 
-def question(gateway: Gateway) -> dict[str, Any]:
-    """The request of the agent's verb `gateway` (`agent.look.gateway`)."""
-    return {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
+def look(agent: Agent, gateway: Gateway) -> GatewayState:
+    """What its host reports of a gateway."""
+    asked = {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
+    return msgspec.convert(agent.call("gateway", **asked), GatewayState)
 
 
 def members(gateway: Gateway, known: Hosts) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
+from agent.schema.site import Site
 from core.config import convert, table
 from core.errors import ConfigError, UsageError, suggest
 from core.files import CHECKOUT
@@ -180,21 +181,21 @@ class Target:
         return {name: each.value for name, each in sorted(settings.items()) if each.active(torch, comfyui)}
 
     @property
-    def site(self) -> dict[str, Any]:
-        """The agent's layout: paths, service, user and address."""
-        return {
-            "prefix": self.prefix,
-            "service": self.host.service,
-            "scope": self.host.scope,
-            "user": self.host.run_as if self.host.scope == "system" else "",
-            "exporter": EXPORTER if self.host.scope == "system" and self.host.metrics_port else "",
-            "address": self.host.listen,
-            "port": self.host.port,
-            **({"trial": self.trial} if self.trial else {}),
-            "mounts": {path: mount_unit(path) for path in self.host.mounts},
-            "folders": dict(self.host.folders),
-            "public": self.host.public,
-        }
+    def site(self) -> Site:
+        """The installation, as the agent needs it."""
+        return Site(
+            prefix=self.prefix,
+            service=self.host.service,
+            scope=self.host.scope,
+            user=self.host.run_as if self.host.scope == "system" else "",
+            exporter=EXPORTER if self.host.scope == "system" and self.host.metrics_port else "",
+            address=self.host.listen,
+            port=self.host.port,
+            trial=self.trial,
+            mounts={path: mount_unit(path) for path in self.host.mounts},
+            folders=dict[str, str](self.host.folders.items()),
+            public=self.host.public,
+        )
 
     @property
     def exporter_unit(self) -> str:

@@ -170,7 +170,7 @@ def _accounts(target: Target, facts: Facts) -> list[Step]:
     """The steps for the users that units run as, for lingering, and for members."""
     steps: list[Step] = []
     users = [] if facts.user else [target.host.run_as]
-    users += [] if facts.exporter_user else [target.site["exporter"]]
+    users += [] if facts.exporter_user else [target.site.exporter]
     if users:
         steps.append(account(users, "units run without privileges"))
     if not facts.lingers:
@@ -240,7 +240,7 @@ def _mounts(target: Target, facts: Facts) -> list[Step]:
             why = (
                 "it is not mounted" if not there.mounted else "its unit is another" if there.unit else "it has no unit"
             )
-            undo = f"systemctl disable --now '{target.site['mounts'][path]}'"
+            undo = f"systemctl disable --now '{target.site.mounts[path]}'"
             steps.append(schema.Mount(title, why, undo, path, wanted.what, text))
     return steps
 

@@ -56,7 +56,7 @@ def propose(
 ) -> Proposal:
     """Propose which parts of an installation Hearth adopts; `by` is "rename" or "reference"."""
     left: list[tuple[str, str]] = []
-    moves, places, mounts = _folders(found, by, target.site["folders"], left)
+    moves, places, mounts = _folders(found, by, target.site.folders, left)
     roots = _model_roots(found.paths, left)
     nodes, add = _nodes(found, known, left)
     profile = _profile(facts)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import dataclass, replace
 from getpass import getuser
 from socket import gethostname
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from agent.schema import change as schema
+from agent.schema.gateway import Certificate, Certified, Person, PersonChanged, Server
+from agent.schema.installed import InstalledGateway
 from core import console
 from core.errors import UsageError, suggest
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
-from deploy.gateways import PERSON, members, on_its_machine, question, trial_port
+from deploy.gateways import PERSON, look, members, on_its_machine, trial_port
 from deploy.host_rules import EXPORTER
 from deploy.look import find_target
 from deploy.plan import Plan
@@ -24,12 +29,16 @@ from gateway.unit import USER, unit
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from agent.schema.gateway import GatewayState
     from deploy.change import Outcome
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.gateways import Gateway
     from deploy.host import Target
     from deploy.plan import Options
+
+
+T = TypeVar("T")
 
 
 def find(name: str) -> tuple[str, Gateway]:
@@ -52,45 +61,45 @@ def address(gateway: Gateway) -> str:
     return f"https://{name}{f':{gateway.port}' * (gateway.port != 443)}"
 
 
-def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> dict[str, Any]:
-    """The unit and configuration of a gateway, and the users that reach each port of ComfyUI on its machine."""
+def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> InstalledGateway:
+    """A gateway as configured."""
     folder, known = f"{prefix}/gateway", hosts.hosts()
     places = Places(f"{folder}/secrets", f"/run/{service}-gateway", f"{folder}/secrets/certificate.pem")
     behind = [known.hosts[each] for each in members(gateway, known)]
     own = [each for each in behind if on_its_machine(gateway, each, known)]
-    return {
-        "unit": unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
-        "configuration": configuration(name, gateway, known, places),
-        "access": {
-            str(port): [USER, EXPORTER, each.run_as if each.scope == "system" else each.user]
+    return InstalledGateway(
+        unit=unit(name, gateway, service, folder, places.secrets, [each.service for each in own]),
+        configuration=configuration(name, gateway, known, places),
+        access={
+            str(port): (USER, EXPORTER, each.run_as if each.scope == "system" else each.user)
             for each in own
             for port in (each.port, trial_port(each.port))
         },
-    }
+    )
 
 
-def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mapping[str, Any]) -> Plan:
-    """The plan that puts a gateway in service as configured; `found` is the agent's `agent.look.gateway`."""
+def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: GatewayState) -> Plan:
+    """The plan that puts a gateway in service as configured."""
     right = wanted(name, gateway, facts.prefix, target.host.service)
-    certificate = found["certificate"]
-    why = [f"its {key} is another" for key in right if found[key] != right[key]]
-    if not gateway.certificate and certificate["names"] != sorted(gateway.names):
+    given, there = found.given, vars(found.installed)
+    why = [f"its {key} is another" for key, value in vars(right).items() if there[key] != value]
+    if not gateway.certificate and found.certificate.names != tuple(sorted(gateway.names)):
         why.append("its certificate is for other names")
-    elif not gateway.certificate and certificate["renew"]:
+    elif not gateway.certificate and found.certificate.renew:
         why.append("its certificate ends soon")
-    elif gateway.certificate and not found["given"]["same"]:
+    elif given and not given.same:
         why.append("its certificate is another")
-    why += [f"{each['name']} gets no people" for each in found["servers"] if each["state"] in ("DRAIN", "MAINT")]
-    if not found["guarded"]:
+    why += [f"{each.name} gets no people" for each in found.servers if each.state in ("DRAIN", "MAINT")]
+    if not found.guarded:
         why.append("its firewall is not in force")
-    if not found["unit"]:
+    if not found.installed.unit:
         why = ["there is none"]
-    elif not found["active"]:
+    elif not found.active:
         why.append("it is not running")
     notes = [
         f"{person} has neither a password nor a token: inv gateway users add {person}"
         for person in sorted(gateway.users)
-        if person not in found["people"]
+        if person not in found.people
     ]
     listen = ipaddress.ip_address(gateway.listen.partition(",")[0])
     local = ("127.0.0.1" if listen.version == 4 else "::1") if listen.is_unspecified else str(listen)
@@ -104,8 +113,8 @@ def plan(name: str, gateway: Gateway, target: Target, facts: Facts, found: Mappi
         gateway.names,
         gateway.certificate,
     )
-    if gateway.certificate and found["given"]["renew"]:
-        notes.append(f"{gateway.certificate} ends soon: {found['given']['until']}")
+    if given and given.renew:
+        notes.append(f"{gateway.certificate} ends soon: {given.until}")
     against = unservable(target, facts, found) + unserved(gateway, found)
     return Plan.of(facts, [step] if why else [], against, notes)
 
@@ -115,7 +124,7 @@ def deploy(name: str, options: Options) -> list[Outcome]:
     name, gateway = find(name)
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        return plan(name, gateway, target, facts, agent.call("gateway", **question(gateway)))
+        return plan(name, gateway, target, facts, look(agent, gateway))
 
     state = f"gateway {name} serves {address(gateway)}"
     return change_each([gateway.host], Change(action=f"gateway {name}", plan=planner, state=state), options)
@@ -124,17 +133,17 @@ def deploy(name: str, options: Options) -> list[Outcome]:
 def rollback(name: str, options: Options) -> list[Outcome]:
     """Put the previous release of a gateway in service again; raises RefusedError and the errors of the host."""
     name, gateway = find(name)
-    before: dict[str, Any] = {}
+    before: schema.Gateway | None = None
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        found = agent.call("gateway", **question(gateway))
-        before.update(before or found["previous"])
+        found = look(agent, gateway)
+        nonlocal before
+        before = before or found.previous
         against = unservable(target, facts, found)
         if not before:
             return Plan.of(facts, [], [*against, no_release(name)])
-        step = schema.Gateway(**{**before, "title": "serve the previous release", "why": "requested"})
-        same = all(found[key] == value for key, value in step.gateway.items())
-        return Plan.of(facts, [] if same else [step], against)
+        step = replace(before, title="serve the previous release", why="requested")
+        return Plan.of(facts, [] if found.installed == step.gateway else [step], against)
 
     state = f"gateway {name} serves the previous release; change config/hosts.toml too, or the next deploy replaces it"
     return change_each([gateway.host], Change(action=f"gateway {name} rollback", plan=planner, state=state), options)
@@ -147,50 +156,67 @@ def remove(name: str, options: Options) -> list[Outcome]:
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
         why = "its people, their passwords and its certificate, too"
         step = schema.Delete(f"remove gateway {name}", why, "inv gateway deploy", ("gateway",))
-        found = agent.call("gateway", **question(gateway))
-        return Plan.of(facts, [step] if found["kept"] else [], refusals.unsettable(target, facts))
+        found = look(agent, gateway)
+        return Plan.of(facts, [step] if found.kept else [], refusals.unsettable(target, facts))
 
     state = f"gateway {name} is removed; delete it from config/hosts.toml"
     return change_each([gateway.host], Change(action="remove gateway", plan=planner, state=state), options)
 
 
-def status(name: str, *, ask_sudo: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Member(Person):
+    """A person of a gateway, and what that person has to log in with."""
+
+    role: str = ""  # empty: not in hosts.toml
+
+
+@dataclass(frozen=True)
+class Status:
+    """A gateway on its host. `state` is "in service", "not running" or "not deployed"."""
+
+    name: str
+    host: str
+    address: str
+    state: str
+    hosts: tuple[Server, ...]
+    guarded: bool
+    certificate: Certificate
+    people: dict[str, Member]
+
+
+def status(name: str, *, ask_sudo: bool) -> Status:
     """What the host reports of a gateway, without its texts."""
     name, gateway = find(name)
     with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        found = agent.call("gateway", **question(gateway))
-    return {
-        "name": name,
-        "host": gateway.host,
-        "address": address(gateway),
-        "state": "in service" if found["active"] else "not running" if found["unit"] else "not deployed",
-        "hosts": found["servers"],
-        "guarded": found["guarded"],
-        "certificate": found["certificate"],
-        "people": {
-            each: {"role": gateway.users[each].role if each in gateway.users else "", **kept}
-            for each, kept in (dict.fromkeys(gateway.users, _NOTHING) | found["people"]).items()
+        found = look(agent, gateway)
+    return Status(
+        name=name,
+        host=gateway.host,
+        address=address(gateway),
+        state="in service" if found.active else "not running" if found.installed.unit else "not deployed",
+        hosts=found.servers,
+        guarded=found.guarded,
+        certificate=found.certificate,
+        people={
+            each: Member(**vars(kept), role=gateway.users[each].role if each in gateway.users else "")
+            for each, kept in (dict.fromkeys(gateway.users, Person()) | found.people).items()
         },
-    }
+    )
 
 
-_NOTHING = {"password": False, "tokens": 0}
-
-
-def rows(found: Mapping[str, Any]) -> list[str]:
+def rows(found: Status) -> list[str]:
     """A gateway's status: a line, then tables of hosts and people."""
-    certificate = found["certificate"]
-    until = f"{certificate['until'] or 'none'}{', expired' * certificate['expired']}"
-    if names := certificate["uncovered"]:
+    until = f"{found.certificate.until or 'none'}{', expired' * found.certificate.expired}"
+    if names := found.certificate.uncovered:
         until += f", not for {', '.join(names)}"
     people = [
-        (name, each["role"] or "not in hosts.toml: no access", "yes" if each["password"] else "no", str(each["tokens"]))
-        for name, each in sorted(found["people"].items())
+        (name, each.role or "not in hosts.toml: no access", "yes" if each.password else "no", str(each.tokens))
+        for name, each in sorted(found.people.items())
     ]
-    lines = [f"{found['name']}: {found['state']} at {found['address']} on {found['host']}, certificate until {until}"]
-    if found["state"] == "in service" and not found["guarded"]:
+    lines = [f"{found.name}: {found.state} at {found.address} on {found.host}, certificate until {until}"]
+    if found.state == "in service" and not found.guarded:
         lines.append("its firewall is not in force: every login on the host reaches ComfyUI; fix: inv gateway deploy")
-    behind = [(each["name"], each["state"], str(each["requests"])) for each in found["hosts"]]
+    behind = [(each.name, each.state, str(each.requests)) for each in found.hosts]
     return [
         *lines,
         *console.table(("host", "state", "requests"), behind),
@@ -198,18 +224,28 @@ def rows(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def ask(name: str, action: str, *, ask_sudo: bool, **values: Any) -> dict[str, Any]:
-    """Let a gateway's host change its people or certificate; return the answer. Raises UsageError."""
+def authority(name: str, *, ask_sudo: bool) -> str:
+    """The certificate of a gateway's own authority, which is made if needed."""
+    _, gateway = find(name)
+    return _ask(gateway, Certified, ask_sudo=ask_sudo, action="certificate", names=gateway.names).authority
+
+
+def change_person(name: str, action: str, person: str, *, ask_sudo: bool, value: str = "") -> PersonChanged:
+    """Change how a person logs in, by `action` of `agent.serve.gateway`. Raises UsageError."""
     name, gateway = find(name)
-    person = str(values.get("person", ""))
-    if person and not PERSON.fullmatch(person):
+    if not PERSON.fullmatch(person):
         hint = "use a lower-case letter, then letters, digits and . _ -"
         raise UsageError("usage", f"{person!r} is not a user name", hint=hint)
-    with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        found = agent.call("gateway-secrets", action=action, who=f"{getuser()}@{gethostname()}", **values)
-    if person and action != "remove" and person not in gateway.users:
+    found = _ask(gateway, PersonChanged, ask_sudo=ask_sudo, action=action, person=person, value=value)
+    if action != "remove" and person not in gateway.users:
         console.say(f"{person} has no access yet: add [gateways.{name}.users.{person}], then inv gateway deploy")
-    return dict(found)
+    return found
+
+
+def _ask(gateway: Gateway, kind: type[T], *, ask_sudo: bool, **values: Any) -> T:
+    """Let a gateway's host change its people or certificate; return the answer."""
+    with connection.connect(find_target(gateway.host), ask_sudo) as agent:
+        return msgspec.convert(agent.call("gateway-secrets", who=f"{getuser()}@{gethostname()}", **values), kind)
 
 
 def audit(name: str, lines: str, since: str, *, ask_sudo: bool) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ def run(action: str, what: str, person: str, name: str, *, token: bool, ask_sudo
         if found.certificate:
             what = f"the gateway has a certificate of yours: {found.certificate}"
             raise UsageError("usage", what, hint="only its own authority can be printed")
-        console.data(control.ask(name, "certificate", ask_sudo=ask_sudo, names=found.names)["authority"].rstrip())
+        console.data(control.authority(name, ask_sudo=ask_sudo).rstrip())
         return
     if action != "users" or what not in ("add", "remove") or not person:
         hint = (
@@ -29,12 +29,12 @@ def run(action: str, what: str, person: str, name: str, *, token: bool, ask_sudo
             "usage", f"inv gateway does not understand {' '.join((action, what, person)).strip()!r}", hint=hint
         )
     if what == "remove":
-        found_one = control.ask(name, "remove", ask_sudo=ask_sudo, person=person)["known"]
+        found_one = control.change_person(name, "remove", person, ask_sudo=ask_sudo).known
         console.say(f"{person} {'can no longer log in' if found_one else 'had neither a password nor a token'}")
     elif token:
-        console.data(control.ask(name, "token", ask_sudo=ask_sudo, person=person)["token"])
+        console.data(control.change_person(name, "token", person, ask_sudo=ask_sudo).token)
     else:
-        control.ask(name, "password", ask_sudo=ask_sudo, person=person, value=_password(person))
+        control.change_person(name, "password", person, ask_sudo=ask_sudo, value=_password(person))
         console.say(f"the password of {person} is set")
 
 

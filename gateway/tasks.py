@@ -61,7 +61,7 @@ def gateway(
     if action == "status" or (action, what) == ("users", "list"):
         found = control.status(gateway, ask_sudo=sudo.ask_sudo)
         console.show(found, control.rows(found), as_json=out.json)
-        return int(action == "status" and found["state"] != "in service")
+        return int(action == "status" and found.state != "in service")
     if action == "audit":
         listed = control.audit(gateway, lines, since, ask_sudo=sudo.ask_sudo)
         console.show(listed, control.audit_rows(listed), as_json=out.json)

@@ -48,7 +48,7 @@ _FILES = {
 
 def users(target: Target) -> list[str]:
     """The users who need the GPU: the service's, the exporter's, and the members."""
-    return list(filter(None, dict.fromkeys([target.host.run_as, target.site["exporter"], *target.host.members])))
+    return list(filter(None, dict.fromkeys([target.host.run_as, target.site.exporter, *target.host.members])))
 
 
 def setting(target: Target) -> settings.Setting:

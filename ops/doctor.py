@@ -13,9 +13,8 @@ from agent.schema.live import Probed
 from core import files
 from core.console import counted
 from core.errors import HostError
-from deploy import fleet, plan
+from deploy import fleet, gateways, plan
 from deploy import host as hosts
-from deploy.gateways import question, run_by
 from deploy.inputs import gather
 from deploy.look import find_target, questions
 from ops import workstation
@@ -66,8 +65,8 @@ def _one(agent: Agent, target: Target) -> list[Finding]:
     answer = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
     seen = msgspec.convert(answer, Probed)
     planned = plan.make(target, seen.facts, inputs, plan.Options())
-    runs = run_by(target.name, hosts.hosts())
-    gateway = {"name": runs[0], **agent.call("gateway", **question(runs[1]))} if runs else {}
+    runs = gateways.run_by(target.name, hosts.hosts())
+    gateway = (runs[0], gateways.look(agent, runs[1])) if runs else None
     case = Case(target, seen.facts, seen.live, seen.probe, inputs, planned, time.time(), gateway)
     return judge(case)
 

@@ -146,7 +146,7 @@ def nuke(target: Target, facts: Facts, options: Options, *, data: bool = False) 
     """The plan that deletes everything of Hearth on a host; the data only with `data`."""
     place = facts.place
     steps = _without_service(target, facts, options)
-    units = [unit for path, unit in target.site["mounts"].items() if facts.mounts[path].unit.startswith(_WRITTEN)]
+    units = [unit for path, unit in target.site.mounts.items() if facts.mounts[path].unit.startswith(_WRITTEN)]
     if units:
         title = f"remove the units {', '.join(units)}; the file systems stay mounted until the next boot"
         steps.append(schema.ForgetMounts(title, "Hearth wrote them", "inv deploy", tuple(units)))
@@ -205,12 +205,12 @@ def _left(target: Target, facts: Facts, *, data: bool) -> list[str]:
     found += [f"kept, it is outside the prefix: {path}" for path in (*host.folders.values(), *host.model_roots)]
     others = (*(f"{facts.prefix}/{name}" for name in place.others), *facts.drop_ins)
     found += [f"kept, it is not Hearth's: {path}" for path in others]
-    if target.site["user"] and facts.user:
+    if target.site.user and facts.user:
         found.append(
             f"kept: the user {host.run_as}, which owns the files that it wrote; to remove it: userdel {host.run_as}"
         )
-    if target.site["exporter"] and facts.exporter_user:
-        who = target.site["exporter"]
+    if target.site.exporter and facts.exporter_user:
+        who = target.site.exporter
         found.append(
             f"kept: the user {who} of this machine's exporters, which owns no files; to remove it: userdel {who}"
         )

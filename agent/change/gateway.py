@@ -10,15 +10,16 @@ import socket
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
-from agent.files import AgentError, Json, Note, discard, link, read, write
+from agent.files import AgentError, Note, discard, link, record, recorded, write
 from agent.layout import Layout
 from agent.locks import flock
 from agent.look.gateway import current, gateway_unit, installed, previous
 from agent.processes import run
 from agent.schema.change import Gateway
+from agent.schema.gateway import GatewayBefore
+from agent.schema.installed import InstalledGateway
 from agent.serve import guard
 from agent.serve.gateway import GROUP, certify, folder_of, keep, share
 from agent.serve.systemd import Systemd, entries
@@ -32,10 +33,10 @@ def gateway(layout: Layout, step: Gateway, note: Note) -> None:
 
     Records the previous one first, so that a resumed run restores that one and not the new one.
     """
-    record = layout.state / "gateway-before.json"
-    if not record.exists():
-        write(record, json.dumps({"gateway": installed(layout), "release": _release(layout)}))
-    before, release = (read(record).get(key) for key in ("gateway", "release"))
+    kept = layout.state / "gateway-before.json"
+    if not kept.exists():
+        record(kept, GatewayBefore(installed(layout), _release(layout)))
+    before = recorded(kept, GatewayBefore)
     try:
         _certify(layout, step)
         put(layout, step.gateway)
@@ -44,29 +45,30 @@ def gateway(layout: Layout, step: Gateway, note: Note) -> None:
         log: list[str] = []
         with suppress(AgentError):
             log = Systemd(layout).log_of(gateway_unit(layout))
-        put(layout, before or {})
-        discard(record)
+        put(layout, before.gateway)
+        discard(kept)
         cause = error.report["cause"] or error.report["what"] if isinstance(error, AgentError) else str(error)
-        what = f"HAProxy does not serve with the new configuration; {'the previous one is' if before else 'nothing is'}"
+        now = "the previous one is" if before.gateway.unit else "nothing is"
+        what = f"HAProxy does not serve with the new configuration; {now}"
         hint = "ComfyUI is not affected; read the log above, then run the same command again"
         failure = AgentError("step", f"{what} in service", cause, hint)
         failure.report["log"] = log
         raise failure from None
-    write(current(layout) / "step.json", json.dumps(asdict(step)))
-    if release and release != _release(layout):
-        link(previous(layout), release)
-    discard(record)
+    record(current(layout) / "step.json", step)
+    if before.release and before.release != _release(layout):
+        link(previous(layout), before.release)
+    discard(kept)
     _prune(layout)
 
 
-def put(layout: Layout, wanted: Json) -> None:
-    """Install a gateway in the form of `installed`, checked by HAProxy first; remove it if empty.
+def put(layout: Layout, wanted: InstalledGateway) -> None:
+    """Install a gateway, checked by HAProxy first; without a unit, remove it.
 
     A changed configuration is loaded without ending a connection, a changed unit restarts HAProxy. Raises AgentError
     or OSError.
     """
     systemd, name = Systemd(layout), gateway_unit(layout)
-    if not wanted:
+    if not wanted.unit:
         if placed := entries(systemd.units, name):
             run([*systemd.ctl, "disable", "--now", name])
             for path in placed:
@@ -77,17 +79,17 @@ def put(layout: Layout, wanted: Json) -> None:
         return
     _make_user()
     share(folder_of(layout))
-    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(wanted, sort_keys=True, default=vars).encode()).hexdigest()[:16]
     release = current(layout).parent / "releases" / digest
-    write(release / "haproxy.cfg", wanted["configuration"])
-    write(release / "access.json", json.dumps(wanted["access"]))
-    write(release / "firewall.nft", guard.rules(layout, wanted["access"]))
+    write(release / "haproxy.cfg", wanted.configuration)
+    record(release / "access.json", wanted.access)
+    write(release / "firewall.nft", guard.rules(layout, wanted.access))
     check(layout, str(release / "haproxy.cfg"))
-    same = installed(layout).get("unit") == wanted["unit"]
+    same = installed(layout).unit == wanted.unit
     link(current(layout), f"releases/{digest}")
     unit = systemd.units / name
     if not same:
-        write(unit, wanted["unit"])
+        write(unit, wanted.unit)
         run([*systemd.ctl, "daemon-reload"])
         run([*systemd.ctl, "enable", name])
     subprocess.run([*systemd.ctl, "reset-failed", name], capture_output=True)

@@ -32,6 +32,7 @@ from agent.schema.change import (
     Stop,
     Withdraw,
 )
+from agent.schema.installed import InstalledExporter, InstalledGateway
 from agent.serve.health import drain, first_answer
 from agent.serve.managers import Manager, last_words, manager_of
 from agent.serve.systemd import UNITS, Systemd, entries
@@ -160,7 +161,7 @@ def withdraw(layout: Layout, step: Withdraw, note: Note) -> None:
     halt(layout, manager, force=step.force)
     manager.uninstall()
     if isinstance(manager, Systemd):
-        put_exporter(layout, {})
+        put_exporter(layout, InstalledExporter())
     discard(layout.paused)
     if layout.current.is_symlink():
         discard(layout.current)
@@ -188,7 +189,7 @@ def forget_mounts(layout: Layout, step: ForgetMounts, note: Note) -> None:
 def delete(layout: Layout, step: Delete, note: Note) -> None:
     """Delete the step's names from the prefix. Raises AgentError if something cannot be deleted."""
     if "gateway" in step.names:
-        put_gateway(layout, {})
+        put_gateway(layout, InstalledGateway())
     _sweep([layout.prefix / name for name in step.names], note)
 
 

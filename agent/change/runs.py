@@ -39,7 +39,21 @@ from agent.change.releases import prune, release, serve
 from agent.change.settings import apply_setting, undo_settings
 from agent.change.trees import app, base, node, tool
 from agent.change.trial import trial_of
-from agent.files import AgentError, Json, Note, append, cut, os_error, read, remove_drafts, retried, sha256, sync, write
+from agent.files import (
+    AgentError,
+    Json,
+    Note,
+    append,
+    cut,
+    os_error,
+    read,
+    record,
+    remove_drafts,
+    retried,
+    sha256,
+    sync,
+    write,
+)
 from agent.install import install
 from agent.journal import Journal, busy, events, history, now
 from agent.layout import Layout
@@ -113,7 +127,7 @@ def submit(layout: Layout, plan: Json) -> Json:
             )
         elif layout.release() != plan["base"] or _missing(layout, steps):
             raise AgentError("busy", "the host was changed since the plan was made", "", "run the same command again")
-        write(layout.state / "site.json", json.dumps(layout.json))
+        record(layout.state / "site.json", layout.site)
         install(layout)
         write(layout.state / RESERVE, bytes(RESERVED))
         plan |= asker(plan["who"])

@@ -266,7 +266,7 @@ class SystemdTrial(Trial):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__(layout)
-        self.unit = Systemd(Layout({**layout.json, "service": f"{layout.service}-trial"}))
+        self.unit = Systemd(Layout({**vars(layout.site), "service": f"{layout.service}-trial"}))
         self.drop_ins = self.unit.units / f"{layout.service}.service.d"
         system = layout.scope == "system"
         own = Path("/run" if system else f"/run/user/{os.getuid()}")

@@ -4,66 +4,66 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Json, read, read_text
+from agent.files import AgentError, Json, read_text, recorded
 from agent.journal import events
 from agent.layout import Layout
 from agent.look.ports import port_holder
+from agent.schema import change
+from agent.schema.facts import Holder
+from agent.schema.gateway import CertificateNames, GatewayState, Given, LogDisk, Served
+from agent.schema.installed import InstalledGateway
 from agent.serve import guard
 from agent.serve.balance import servers
 from agent.serve.gateway import folder_of, people, validity
 from agent.serve.systemd import Systemd
 
 
-def installed(layout: Layout) -> Json:
-    """Return the gateway's `unit` and `configuration` (texts) and its `access`, for `guard.rules`.
-
-    Empty if it is not installed.
-    """
+def installed(layout: Layout) -> InstalledGateway:
+    """Return the installed gateway."""
     unit, release = Systemd(layout).units / gateway_unit(layout), current(layout)
     if not unit.is_file():
-        return {}
-    access = read(release / "access.json", lenient=True)
-    return {"unit": read_text(unit), "configuration": read_text(release / "haproxy.cfg"), "access": access}
+        return InstalledGateway()
+    access = recorded(release / "access.json", dict[str, tuple[str, ...]], lenient=True)
+    return InstalledGateway(read_text(unit), read_text(release / "haproxy.cfg"), access)
 
 
-def _guarded(layout: Layout, access: Json) -> bool:
+def _guarded(layout: Layout, access: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether the firewall is loaded, and none of its users was added since."""
     return guard.loaded(layout) and guard.rules(layout, access) == read_text(current(layout) / "firewall.nft")
 
 
-def gateway(layout: Layout, port: int, names: list[str], certificate: str) -> Json:
-    """Return `installed` and what there is besides.
-
-    `servers`: the hosts behind it; `active` and `guarded`: whether the unit runs and its firewall is in force;
-    `people`; `certificate` and `given`: the one in service and the given file, for these names; `holder`: another
-    program that listens on the port; `journal`: where the audit log is; `previous`: the step of the release before;
-    `missing`: programs that are not installed; `kept`: whether there is anything of it.
-    """
-    folder = folder_of(layout)
-    found = {"unit": "", "configuration": "", "access": {}, "active": False, **installed(layout)}
-    if found["unit"]:
-        words = [*Systemd(layout).ctl, "is-active", "--quiet", gateway_unit(layout)]
-        found["active"] = subprocess.run(words, capture_output=True).returncode == 0
-    found["people"] = people(layout)
-    served = folder / "certificate.pem"
-    own = read(folder / "names.json", lenient=True).get("names", [])
-    found["certificate"] = {"names": own, **validity(served, names)}
-    found["given"] = (
-        {"same": _same(Path(certificate), served), **validity(Path(certificate), names)} if certificate else {}
-    )
+def gateway(layout: Layout, port: int, names: list[str], certificate: str) -> GatewayState:
+    """Return the state of the gateway: its certificate (and the file `certificate`) for `names`, who holds `port`."""
+    folder, unit, found = folder_of(layout), gateway_unit(layout), installed(layout)
+    words = [*Systemd(layout).ctl, "is-active", "--quiet", unit]
+    active = bool(found.unit) and subprocess.run(words, capture_output=True).returncode == 0
+    served, given = folder / "certificate.pem", Path(certificate)
     holder = port_holder(port)
-    ours = holder.get("unit") == gateway_unit(layout) or (found["active"] and holder.get("pid", 1) <= 0)  # not found
-    found["holder"] = {} if ours else holder
-    found["journal"] = _journal()
-    found["servers"] = servers(layout)
-    found["guarded"] = _guarded(layout, found["access"])
-    found["previous"] = read(previous(layout) / "step.json", lenient=True)
-    found["missing"] = [path for path in ("/usr/sbin/haproxy", guard.NFT) if not Path(path).exists()]
-    found["kept"] = folder.parent.exists()
-    return found
+    ours = holder.get("unit") == unit or (active and holder.get("pid", 1) <= 0)  # not found
+    before = None
+    with suppress(AgentError):
+        before = recorded(previous(layout) / "step.json", change.Gateway)
+    return GatewayState(
+        installed=found,
+        active=active,
+        guarded=_guarded(layout, found.access),
+        people=people(layout),
+        certificate=Served(
+            **vars(validity(served, names)),
+            names=recorded(folder / "names.json", CertificateNames, lenient=True).names,
+        ),
+        given=Given(**vars(validity(given, names)), same=_same(given, served)) if certificate else None,
+        holder=Holder() if ours else holder,
+        journal=_journal(),
+        servers=tuple(servers(layout)),
+        previous=before,
+        missing=tuple(path for path in ("/usr/sbin/haproxy", guard.NFT) if not Path(path).exists()),
+        kept=folder.parent.exists(),
+    )
 
 
 def _same(given: Path, served: Path) -> bool:
@@ -72,11 +72,10 @@ def _same(given: Path, served: Path) -> bool:
     return False
 
 
-def _journal() -> Json:
-    """Return whether the journal is `persistent`, and the `free` and `total` bytes of its disk."""
+def _journal() -> LogDisk:
     persistent = Path("/var/log/journal").is_dir()
     disk = os.statvfs("/var/log/journal" if persistent else "/run")
-    return {"persistent": persistent, "free": disk.f_bavail * disk.f_frsize, "total": disk.f_blocks * disk.f_frsize}
+    return LogDisk(persistent, disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize)
 
 
 def audit(layout: Layout, lines: int, since: str) -> list[Json]:

@@ -9,10 +9,11 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import read
+from agent.files import AgentError, recorded
 from agent.folders import mounts
 from agent.layout import DATA, Layout
 from agent.schema.facts import Place
+from agent.schema.site import Site
 from agent.serve.systemd import Systemd
 
 OWN = ("current", "gateway", "parts", "releases", "secrets", "state")
@@ -29,7 +30,9 @@ def prefix_state(layout: Layout) -> Place:
     own = [name for name in names if name in OWN or re.fullmatch(r"\.(current|data)\.\w+", name)]
     points = sorted({each["point"] for each in mounts() if each["point"].startswith(f"{real}/")})
     data = (layout.data, *(layout.data / name for name in DATA))
-    deployed = read(layout.state / "site.json", lenient=True)
+    deployed = None
+    with suppress(AgentError):
+        deployed = recorded(layout.state / "site.json", Site)
     traces = [*layout.state.glob("runs/*.jsonl"), *layout.releases.glob("*/release.json")]
     return Place(
         real=real,
@@ -44,9 +47,9 @@ def prefix_state(layout: Layout) -> Place:
         crossings=tuple(name for name in own if name != "current" and (prefix / name).is_symlink()),
         mounts=tuple(points),
         links={str(path): target for path in data if (target := _target(path))},
-        service=str(deployed.get("service", "")),
-        scope=str(deployed.get("scope", "")),
-        user=_owner(layout, str(deployed.get("user", ""))),
+        service=deployed.service if deployed else "",
+        scope=deployed.scope if deployed else "",
+        user=_owner(layout, deployed.user) if deployed else "",
         elsewhere=_elsewhere(layout),
         ours=bool(deployed or traces),
     )

@@ -11,10 +11,11 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
 
 from agent.api import Endpoint, endpoint
-from agent.files import read
+from agent.files import recorded
 from agent.layout import Layout
 from agent.metrics import comfyui, host
 from agent.metrics.gather import Gatherer, Source
+from agent.schema.installed import ExporterSettings
 
 
 class Handler(MetricsHandler):
@@ -47,11 +48,11 @@ def gatherer(layout: Layout, place: Callable[[], Endpoint], counts: Path, *, cud
 
 def serve(settings: Path) -> None:
     """Serve until killed. The endpoint is read at each scrape, since a cut-over may change it."""
-    config = read(settings)
-    layout = Layout(config["site"])
+    config = recorded(settings, ExporterSettings)
+    layout = Layout(vars(config.site))
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     counts = Path(os.environ["RUNTIME_DIRECTORY"]) / "jobs.json"  # set by its unit
-    registry.register(gatherer(layout, partial(endpoint, layout), counts, cuda=config["cuda"]))
-    server = ThreadingHTTPServer(("127.0.0.1", config["port"]), Handler.factory(registry))
+    registry.register(gatherer(layout, partial(endpoint, layout), counts, cuda=config.cuda))
+    server = ThreadingHTTPServer(("127.0.0.1", config.port), Handler.factory(registry))
     server.serve_forever(poll_interval=60)  # ended by a signal: no need to poll

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from agent.schema.decode import decode
+from agent.schema.installed import InstalledExporter, InstalledGateway
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Exporter(Step):
     """Install the metrics exporter, replace it, or remove it."""
 
     kind = "exporter"
-    exporter: dict[str, Any]  # its agent's hash, settings and unit; empty: remove it
+    exporter: InstalledExporter  # without a unit: remove it
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Gateway(Step):
     """Put a gateway in service, replace it, or remove it."""
 
     kind = "gateway"
-    gateway: dict[str, Any]  # its unit and configuration; empty: remove it
+    gateway: InstalledGateway  # without a unit: remove it
     address: str = ""  # where it accepts connections, as its own host reaches it
     port: int = 0
     names: tuple[str, ...] = ()  # the names that its own certificate is for

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+from agent.schema.installed import ExporterState
+
 
 class Report(TypedDict, total=False):
     """An expected failure as data."""
@@ -191,7 +193,7 @@ class Facts:
     foreign_unit: str = ""  # the service's unit file, if Hearth did not write it
     adopted: bool = False  # `inv adopt --undo` has something to undo
     settings: tuple[str, ...] = ()  # settings outside the prefix that are in force
-    exporter: dict[str, Any] = field(default_factory=dict)  # the installed exporter, see `agent.look.exporter`
+    exporter: ExporterState = field(default_factory=ExporterState)
     metrics_holder: Holder = field(default_factory=Holder)  # like port_holder, for the exporter's port
     paused: Paused = field(default_factory=Paused)  # empty: not paused
     placed: tuple[str, ...] = ()  # Hearth's files in systemd's directory

@@ -9,9 +9,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import AgentError, Json
+from agent.files import AgentError
 from agent.layout import Layout
 from agent.processes import run, wait_for
+from agent.schema.gateway import Aside, Server
 
 RUN = Path("/run")
 SHARED = "comfyui"
@@ -21,46 +22,42 @@ PATIENCE = 8.0
 """How long to wait for another host: the one before it in a group was restarted, and is checked every 2 seconds."""
 
 
-def servers(layout: Layout) -> list[Json]:
-    """Return the `name`, `state` (such as "UP", "DOWN", "DRAIN", "MAINT") and open `requests` of each host.
-
-    Empty if HAProxy does not run.
-    """
+def servers(layout: Layout) -> list[Server]:
+    """Return the hosts; empty if HAProxy does not run."""
     try:
         listed = _ask(layout, "show stat -1 4 -1").removeprefix("# ")
     except OSError:
         return []
     return [
-        {"name": each["svname"], "state": each["status"].partition(" ")[0], "requests": int(each["scur"])}
+        Server(each["svname"], each["status"].partition(" ")[0], int(each["scur"]))
         for each in csv.DictReader(listed.splitlines())
         if each["pxname"] == SHARED
     ]
 
 
-def set_state(layout: Layout, host: str, state: str, seconds: int) -> Json:
+def set_state(layout: Layout, host: str, state: str, seconds: int) -> Aside:
     """Set a host's state: "drain" (new people get others), "maint" (everybody does) or "ready".
 
-    It is ready again after `seconds` unless this is called again: who asked may be killed. Return whether it was
-    `done`: not if people would have no other host, and had better wait. Raises AgentError.
+    It is ready again after `seconds` unless this is called again: who asked may be killed. Raises AgentError.
     """
-    known = {each["name"] for each in servers(layout)}
+    known = {each.name for each in servers(layout)}
 
     def others() -> bool:
-        return any(each["name"] != host and each["state"] == "UP" for each in servers(layout))
+        return any(each.name != host and each.state == "UP" for each in servers(layout))
 
     if host not in known or state not in ("drain", "maint", "ready"):
-        return {"done": False}
+        return Aside(done=False)
     if state != "ready":
         if not (len(known) > 1 and wait_for(others, PATIENCE)):
-            return {"done": False}
+            return Aside(done=False)
         _limit(layout, host, seconds)
     with suppress(OSError):
         if said := _ask(layout, _command(host, state)).strip():
             raise AgentError("step", f"HAProxy does not set {host} to {state}", said)
         if state == "ready":
             subprocess.run(["systemctl", "stop", _timer(layout, host)], capture_output=True)
-        return {"done": True}
-    return {"done": False}
+        return Aside(done=True)
+    return Aside(done=False)
 
 
 TELL = """import socket, sys

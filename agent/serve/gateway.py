@@ -14,7 +14,6 @@ from __future__ import annotations
 import grp
 import hashlib
 import ipaddress
-import json
 import os
 import re
 import secrets
@@ -22,13 +21,15 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from agent.files import AgentError, Json, read, write
+from agent.files import AgentError, Json, record, recorded, write
 from agent.journal import note_change, now
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import run
+from agent.schema.gateway import Certificate, CertificateNames, Certified, Login, Person, PersonChanged
 from agent.serve.systemd import Systemd
 
 GROUP = "hearth-gateway"
@@ -36,7 +37,7 @@ AUTHORITY_DAYS, DAYS, RENEW_DAYS = 3650, 397, 30
 """Validity of the authority and of a certificate (browsers refuse more than 398 days), and when it is renewed."""
 
 
-def gateway(layout: Layout, request: Json) -> Json:
+def gateway(layout: Layout, request: Json) -> Certified | PersonChanged:
     """Carry out `action` for a gateway and return the result. Raises AgentError.
 
     "password" and "token": set a `person`'s password (`value`), or add a token and return it.
@@ -47,19 +48,19 @@ def gateway(layout: Layout, request: Json) -> Json:
     with flock(folder / "lock", wait=30):
         if action == "certificate":
             return certify(folder, [str(each) for each in request["names"]])
-        known = read(folder / "people.json")
+        known = _logins(folder)
         person = str(request["person"])
         if not re.fullmatch(r"[a-z][a-z0-9._-]{0,31}", person):
             raise AgentError("usage", f"{person!r} is not a user name", "", "use a lower-case letter first, as in anna")
-        result: Json = {}
+        result, login = PersonChanged(), known.get(person, Login())
         if action == "password":
-            known.setdefault(person, {})["password"] = _hash(str(request["value"]))
+            known[person] = replace(login, password=_hash(str(request["value"])))
         elif action == "token":
-            result["token"] = secrets.token_urlsafe(32)
-            digest = hashlib.sha256(result["token"].encode()).hexdigest()
-            known.setdefault(person, {}).setdefault("tokens", []).append(digest)
+            result = PersonChanged(secrets.token_urlsafe(32))
+            digest = hashlib.sha256(result.token.encode()).hexdigest()
+            known[person] = replace(login, tokens=(*login.tokens, digest))
         elif action == "remove":
-            result["known"] = known.pop(person, None) is not None
+            result = PersonChanged(known=known.pop(person, None) is not None)
         else:
             raise AgentError("usage", f"a gateway has no action {action!r}")
         keep(folder, known)
@@ -68,13 +69,14 @@ def gateway(layout: Layout, request: Json) -> Json:
     return result
 
 
-def people(layout: Layout) -> Json:
-    """Return for each person whether there is a password, and the number of tokens."""
-    known = read(folder_of(layout) / "people.json")
-    return {
-        name: {"password": "password" in each, "tokens": len(each.get("tokens", ()))}
-        for name, each in sorted(known.items())
-    }
+def people(layout: Layout) -> dict[str, Person]:
+    """Return what each person has to log in with. Raises AgentError."""
+    known = _logins(folder_of(layout))
+    return {name: Person(bool(each.password), len(each.tokens)) for name, each in sorted(known.items())}
+
+
+def _logins(folder: Path) -> dict[str, Login]:
+    return recorded(folder / "people.json", dict[str, Login])
 
 
 def _reload(layout: Layout) -> None:
@@ -89,12 +91,12 @@ def folder_of(layout: Layout) -> Path:
     return layout.prefix / "gateway" / "secrets"
 
 
-def keep(folder: Path, people: Json) -> None:
+def keep(folder: Path, people: dict[str, Login]) -> None:
     """Write the files of people. HAProxy reads them at its next start or reload. Raises OSError."""
-    with_password = {name: each["password"] for name, each in sorted(people.items()) if "password" in each}
-    users = [f"    user {name} password {value}" for name, value in with_password.items()]
-    tokens = [f"{digest} {name}" for name, each in sorted(people.items()) for digest in each.get("tokens", ())]
-    write(folder / "people.json", json.dumps(people), 0o600)
+    listed = sorted(people.items())
+    users = [f"    user {name} password {each.password}" for name, each in listed if each.password]
+    tokens = [f"{digest} {name}" for name, each in listed for digest in each.tokens]
+    record(folder / "people.json", people, 0o600)
     write(folder / "users.cfg", "\n".join(["userlist people", *users, ""]), 0o640)
     write(folder / "tokens.map", "".join(f"{line}\n" for line in tokens), 0o640)
     share(folder)
@@ -128,7 +130,7 @@ def _hash(password: str) -> str:
 # --- certificates --------------------------------------------------------------------------------------------------
 
 
-def certify(folder: Path, names: Sequence[str]) -> Json:
+def certify(folder: Path, names: Sequence[str]) -> Certified:
     """Make or renew the authority and the certificate for these names; return their state. Raises AgentError.
 
     The authority may sign for these names only, so whoever trusts it risks nothing else. Other names need a new one,
@@ -136,34 +138,32 @@ def certify(folder: Path, names: Sequence[str]) -> Json:
     """
     listed = folder / "names.json"
     dns, addresses = [each for each in names if not _address(each)], [each for each in names if _address(each)]
-    fresh = read(listed, lenient=True).get("names") != sorted(names)
+    wanted = CertificateNames(tuple(sorted(names)))
+    fresh = recorded(listed, CertificateNames, lenient=True) != wanted
     if fresh or not (folder / "ca.pem").exists():
         _make_authority(folder, dns, addresses)
-        write(listed, json.dumps({"names": sorted(names)}))
+        record(listed, wanted)
         fresh = True
     certificate = folder / "certificate.pem"
     if fresh or not certificate.exists() or _expires_within(certificate, RENEW_DAYS):
         _make_certificate(folder, dns, addresses)
         fresh = True
     share(folder)
-    return {"authority": (folder / "ca.pem").read_text(), "made": fresh, **validity(certificate)}
+    return Certified(**vars(validity(certificate)), authority=(folder / "ca.pem").read_text(), made=fresh)
 
 
-def validity(certificate: Path, names: Sequence[str] = ()) -> Json:
-    """Return `until` when a certificate is valid (empty: there is none), whether it is `expired` or to `renew`.
-
-    `uncovered` are those of the names that it is not for.
-    """
+def validity(certificate: Path, names: Sequence[str] = ()) -> Certificate:
+    """Return until when a certificate is valid, and which of the names it is not for."""
     ask = ["openssl", "x509", "-in", str(certificate), "-noout"]
     try:
         until = run([*ask, "-enddate"]).strip().partition("=")[2]
     except AgentError:
-        return {"until": "", "expired": False, "renew": True, "uncovered": []}
-    uncovered = [
+        return Certificate("", expired=False, renew=True, uncovered=())
+    uncovered = tuple(
         each for each in names if "does match" not in run([*ask, "-checkip" if _address(each) else "-checkhost", each])
-    ]
+    )
     expired, renew = (_expires_within(certificate, days) for days in (0, RENEW_DAYS))
-    return {"until": until, "expired": expired, "renew": renew, "uncovered": uncovered}
+    return Certificate(until, expired, renew, uncovered)
 
 
 def _expires_within(certificate: Path, days: int) -> bool:

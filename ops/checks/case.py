@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from agent.schema.facts import Facts
+    from agent.schema.gateway import GatewayState
     from agent.schema.live import Live, Probe
     from deploy.host import Target
     from deploy.inputs import Inputs
@@ -25,8 +26,7 @@ Severity = Literal["error", "warning"]
 class Case:
     """One host; `now` is this machine's clock (seconds since 1970).
 
-    `gateway` is what the agent reports of the gateway that runs there (`agent.look.gateway`), with its `name`; empty if
-    none does.
+    `gateway` is the gateway that runs there, with its name; None if none does.
     """
 
     target: Target
@@ -36,7 +36,7 @@ class Case:
     inputs: Inputs
     planned: Plan
     now: float
-    gateway: Mapping[str, Any] = field(default_factory=dict)
+    gateway: tuple[str, GatewayState] | None = None
 
     @property
     def at(self) -> str:

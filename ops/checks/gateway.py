@@ -16,55 +16,56 @@ LEAST = 0.05
 
 
 def _service(case: Case) -> Found:
-    found = case.gateway
-    if not found:
+    if not case.gateway:
         return
-    name = found["name"]
+    name, found = case.gateway
     deploy = f"inv gateway deploy --gateway {name}"
-    if not found["unit"]:
+    if not found.installed.unit:
         yield Problem(f"gateway {name} is not deployed", deploy)
-    elif not found["active"]:
+    elif not found.active:
         yield Problem(
             f"gateway {name} does not run", f"{deploy}; its log: journalctl -u {case.target.host.service}-gateway"
         )
-    elif not found["guarded"]:
+    elif not found.guarded:
         yield Problem(f"every login on the host reaches ComfyUI around gateway {name}: its firewall is gone", deploy)
-    for each in found["servers"]:
-        if each["state"] in ("DRAIN", "MAINT"):
-            what = f"gateway {name} sends no requests to {each['name']}: it is being changed, or was taken out by hand"
+    for each in found.servers:
+        if each.state in ("DRAIN", "MAINT"):
+            what = f"gateway {name} sends no requests to {each.name}: it is being changed, or was taken out by hand"
             yield Problem(what, deploy)
-        elif each["state"] != "UP":
-            yield Problem(f"gateway {name} does not reach {each['name']}", f"inv doctor --host {each['name']}")
+        elif each.state != "UP":
+            yield Problem(f"gateway {name} does not reach {each.name}", f"inv doctor --host {each.name}")
 
 
 def _port(case: Case) -> Found:
-    if holder := case.gateway.get("holder"):
+    if case.gateway and (holder := case.gateway[1].holder):
         yield Problem(
-            f"the port of gateway {case.gateway['name']} is in use by {holder['command']} (pid {holder['pid']})",
+            f"the port of gateway {case.gateway[0]} is in use by {holder['command']} (pid {holder['pid']})",
             f"on the host: systemctl disable --now {holder['unit'] or 'UNIT'}; then inv gateway deploy",
         )
 
 
 def _certificate(case: Case) -> Found:
-    found = case.gateway
-    if not found or not (until := found["certificate"]["until"]):
+    if not case.gateway or not (until := case.gateway[1].certificate.until):
         return
-    remedy = f"{'renew the file; then ' if found['given'] else ''}inv gateway deploy --gateway {found['name']}"
-    if found["certificate"]["expired"]:
-        yield Problem(f"the certificate of gateway {found['name']} expired: {until}", remedy)
-    elif found["certificate"]["renew"]:
-        yield Problem(f"the certificate of gateway {found['name']} ends soon: {until}", remedy)
-    if names := found["certificate"]["uncovered"]:
-        yield Problem(f"the certificate of gateway {found['name']} is not for {', '.join(names)}", remedy)
+    name, found = case.gateway
+    remedy = f"{'renew the file; then ' if found.given else ''}inv gateway deploy --gateway {name}"
+    if found.certificate.expired:
+        yield Problem(f"the certificate of gateway {name} expired: {until}", remedy)
+    elif found.certificate.renew:
+        yield Problem(f"the certificate of gateway {name} ends soon: {until}", remedy)
+    if names := found.certificate.uncovered:
+        yield Problem(f"the certificate of gateway {name} is not for {', '.join(names)}", remedy)
 
 
 def _audit(case: Case) -> Found:
-    journal = case.gateway.get("journal")
-    if journal and not journal["persistent"]:
+    if not case.gateway:
+        return
+    journal = case.gateway[1].journal
+    if not journal.persistent:
         what = "the audit log is lost when the host restarts: the journal is in memory"
         yield Problem(what, "on the host: mkdir /var/log/journal; systemctl restart systemd-journald")
-    elif journal and journal["free"] < journal["total"] * LEAST:
-        left = f"{console.size(journal['free'])} of {console.size(journal['total'])}"
+    elif journal.free < journal.total * LEAST:
+        left = f"{console.size(journal.free)} of {console.size(journal.total)}"
         what = f"the audit log loses its oldest lines: {left} left at /var/log/journal"
         yield Problem(what, "on the host: free some space, or journalctl --vacuum-size=1G")
 

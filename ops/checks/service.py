@@ -60,7 +60,7 @@ def _port(case: Case) -> Found:
 
 def _exporter(case: Case) -> Found:
     yield from refusals.metrics(case.target, case.facts)
-    if case.facts.exporter and not case.facts.metrics_holder:
+    if case.facts.exporter.unit and not case.facts.metrics_holder:
         unit = case.target.exporter_unit
         yield Problem(
             f"the exporter is not running: no process listens on port {case.target.host.metrics_port}",

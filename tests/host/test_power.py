@@ -227,7 +227,7 @@ def test_recorded_steps_survive_power_loss(images: Path, kind: str, monkeypatch:
         replica.clone(image, copy)
 
         replica.mount_image(copy, other)
-        found = Layout({**layout.json, "prefix": f"{other}/prefix"})
+        found = Layout({**vars(layout.site), "prefix": f"{other}/prefix"})
         assert (found.state / "record").exists()
         assert (found.parts / "env-1/python").read_text() == "python"
         assert damage_of(found.parts / "env-1") == ""

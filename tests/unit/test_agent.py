@@ -25,7 +25,7 @@ import pytest
 
 from agent import journal, processes
 from agent.change import env, runs, trees
-from agent.files import AgentError, Json, append, write
+from agent.files import AgentError, Json, append, record, write
 from agent.layout import Layout
 from agent.look import prefix
 from agent.processes import last_of, run
@@ -351,10 +351,10 @@ def test_prefix_state_has_deployed_settings_and_unit_target(tmp_path: Path, monk
     layout = at(tmp_path / "new")
     me = pwd.getpwuid(os.getuid()).pw_name
     layout.data.mkdir(parents=True)
-    write(layout.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": me}))
+    record(layout.state / "site.json", replace(layout.site, service="old", scope="system", user=me))
     told = prefix.prefix_state(layout)
     assert (told.service, told.scope, told.user, told.elsewhere) == ("old", "system", me, "")
-    write(layout.state / "site.json", json.dumps({"service": "old", "scope": "system", "user": "nobody"}))
+    record(layout.state / "site.json", replace(layout.site, user="nobody"))
     assert prefix.prefix_state(layout).user == ""  # the data changed its owner since
     units = tmp_path / "home/.config/systemd/user"
     units.mkdir(parents=True)
@@ -365,7 +365,7 @@ def test_prefix_state_has_deployed_settings_and_unit_target(tmp_path: Path, monk
     write(other / "state/site.json", "{}")
     assert prefix.prefix_state(layout).elsewhere == str(other)
     (tmp_path / "way").symlink_to(other)
-    assert prefix.prefix_state(Layout({**layout.json, "prefix": str(tmp_path / "way")})).elsewhere == ""
+    assert prefix.prefix_state(Layout({**vars(layout.site), "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
 @pytest.mark.parametrize(

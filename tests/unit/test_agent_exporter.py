@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from agent.change import exporter
-from agent.files import AgentError, Json
+from agent.files import AgentError
 from agent.layout import Layout
 from agent.look.exporter import installed, unit_file
 from agent.schema.change import Exporter
+from agent.schema.installed import ExporterSettings, InstalledExporter
+from agent.schema.site import Site
 from agent.serve import systemd
 
 pytestmark = pytest.mark.process
@@ -63,11 +65,12 @@ def server() -> Iterator[HTTPServer]:
     found.server_close()
 
 
-def wanted(port: int, unit: str = "[Unit]\n", agent: str = "a" * 16) -> Json:
-    return {"agent": agent, "settings": {"port": port}, "unit": unit}
+def wanted(port: int, unit: str = "[Unit]\n", agent: str = "a" * 16) -> InstalledExporter:
+    site = Site(prefix="", service="s", scope="system", user="", address="", port=1)
+    return InstalledExporter(agent, ExporterSettings(site, port, cuda=False), unit)
 
 
-def change(layout: Layout, to: Json) -> None:
+def change(layout: Layout, to: InstalledExporter) -> None:
     exporter.exporter(layout, Exporter("t", "w", "u", to), lambda _: None)
 
 
@@ -76,7 +79,7 @@ def units(layout: Layout) -> list[str]:
 
 
 def test_exporter_is_installed_changed_and_removed(layout: Layout, server: HTTPServer) -> None:
-    assert installed(layout) == {}
+    assert installed(layout) == InstalledExporter()
     first = wanted(server.server_port)
     change(layout, first)
     assert installed(layout) == first
@@ -86,22 +89,21 @@ def test_exporter_is_installed_changed_and_removed(layout: Layout, server: HTTPS
     change(layout, second)
     change(layout, second)  # a killed run is repeated
     assert installed(layout) == second
-    change(layout, {})
-    assert (installed(layout), units(layout), list(layout.state.iterdir())) == ({}, [], [])
+    change(layout, InstalledExporter())
+    assert (installed(layout), units(layout), list(layout.state.iterdir())) == (InstalledExporter(), [], [])
     assert "stop s-exporter.service" in (layout.prefix / "log").read_text()
 
 
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("broken", ["does not start", "says nothing", "does not exist"])
 def test_unresponsive_exporter_is_rolled_back(layout: Layout, server: HTTPServer, before: bool, broken: str) -> None:
-    first = wanted(server.server_port) if before else {}
+    first = wanted(server.server_port) if before else InstalledExporter()
     change(layout, first)
     with HTTPServer(("127.0.0.1", 0), Metrics) as other:
         other.text = b"up 1\n"  # type: ignore[attr-defined]
         threading.Thread(target=other.serve_forever, args=(0.05,), daemon=True).start()
-        bad = wanted(other.server_port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
-        if broken == "does not exist":
-            bad["settings"]["port"] = 1
+        port = 1 if broken == "does not exist" else other.server_port
+        bad = wanted(port, "# broken\n" if broken == "does not start" else "# new\n", "b" * 16)
         refused = refuses(layout, bad)
         other.shutdown()
     assert refused.endswith("; the previous one is restored" if before else "does not run")
@@ -109,7 +111,7 @@ def test_unresponsive_exporter_is_rolled_back(layout: Layout, server: HTTPServer
     assert not list(layout.state.glob("exporter-before*"))
 
 
-def refuses(layout: Layout, bad: Json) -> str:
+def refuses(layout: Layout, bad: InstalledExporter) -> str:
     with pytest.raises(AgentError, match="does not run") as raised:
         change(layout, bad)
     return str(raised.value.report["what"])
@@ -143,6 +145,6 @@ def test_old_exporter_link_is_replaced_not_followed(layout: Layout, server: HTTP
     old = layout.prefix / "old.service"
     old.write_text("old")
     unit_file(layout).symlink_to(old)
-    assert installed(layout) == {}
+    assert installed(layout) == InstalledExporter()
     change(layout, wanted(server.server_port))
     assert (old.read_text(), unit_file(layout).is_symlink()) == ("old", False)

@@ -296,7 +296,7 @@ def test_agent_clears_the_callers_environment(tmp_path: Path) -> None:
     code = "import os, subprocess; from agent import main; main.main(['nonsense']); subprocess.run('env', env=None)"
     hostile = {"LD_DEBUG_OUTPUT": "/tmp/x", "PYTHONPATH": "/nowhere", "SYSTEMD_PAGER": "evil", "LC_ALL": "de_DE.UTF-8"}
     kept = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "https_proxy": "http://p:1", "UV_INDEX_URL": "x"}
-    request = json.dumps({"site": at(tmp_path).json})
+    request = json.dumps({"site": vars(at(tmp_path).site)})
     done = subprocess.run(
         [sys.executable, "-c", code], input=request, env=kept | hostile, capture_output=True, text=True, check=True,
         cwd=files.CHECKOUT,

@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from agent.files import AgentError
 from agent.layout import Layout
 from agent.look import gateway as look
 from agent.schema.change import CutOver
+from agent.schema.gateway import Person
 from agent.serve import gateway as kept
 from agent.serve.systemd import Systemd
 from deploy.gateways import Limits
@@ -38,8 +40,8 @@ def ask(layout: Layout, action: str, person: str = "", **values: Any) -> Any:
 
 def test_haproxy_accepts_the_people_that_were_added(layout: Layout, tmp_path: Path) -> None:
     ask(layout, "password", "anna", value='päss $6$ "x" \\ :%')
-    token = ask(layout, "token", "ben")["token"]
-    assert kept.people(layout) == {"anna": {"password": True, "tokens": 0}, "ben": {"password": False, "tokens": 1}}
+    token = ask(layout, "token", "ben").token
+    assert kept.people(layout) == {"anna": Person(True, 0), "ben": Person(False, 1)}
     place = tmp_path / "gateway-files"
     place.mkdir()
     with running(place, limits=Limits(logins=100)) as (served, _):
@@ -57,9 +59,9 @@ def test_haproxy_accepts_the_people_that_were_added(layout: Layout, tmp_path: Pa
         ask(layout, "password", "anna", value="new one")
         assert code(basic("anna", 'päss $6$ "x" \\ :%')) == 401
         assert code(basic("anna", "new one")) == 200
-        assert ask(layout, "remove", "ben") == {"known": True}
+        assert ask(layout, "remove", "ben").known
         assert code({"Authorization": f"Bearer {token}"}) == 401
-        assert ask(layout, "remove", "ben") == {"known": False}
+        assert not ask(layout, "remove", "ben").known
 
 
 def test_a_trial_runs_where_only_the_gateway_reaches_it(layout: Layout) -> None:
@@ -86,7 +88,7 @@ def test_a_trial_without_its_port_does_not_show_the_log_of_an_earlier_one(
 
 def test_no_secret_is_readable_or_recorded(layout: Layout) -> None:
     ask(layout, "password", "anna", value="tell-nobody")
-    token = ask(layout, "token", "anna")["token"]
+    token = ask(layout, "token", "anna").token
     ask(layout, "certificate", names=["spark.local"])
     folder = kept.folder_of(layout)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
@@ -124,15 +126,15 @@ NAMES = [["spark.local", "192.168.1.20", "fd00::1"], ["spark.local"], ["192.168.
 @pytest.mark.parametrize("names", NAMES)
 def test_the_certificate_is_valid_for_the_names_and_made_once(layout: Layout, names: list[str]) -> None:
     first = ask(layout, "certificate", names=names)
-    assert first["made"]
+    assert first.made
     folder = kept.folder_of(layout)
     for name in names:
         verify(folder / "ca.pem", folder / "certificate.pem", name)
-    ssl.create_default_context(cadata=first["authority"])
-    assert ask(layout, "certificate", names=names) == {**first, "made": False}
+    ssl.create_default_context(cadata=first.authority)
+    assert ask(layout, "certificate", names=names) == replace(first, made=False)
     other = ask(layout, "certificate", names=[*names, "box.local"])
-    assert other["made"]
-    assert other["authority"] != first["authority"]
+    assert other.made
+    assert other.authority != first.authority
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -152,11 +154,11 @@ def test_a_certificate_is_renewed_before_it_ends(layout: Layout, monkeypatch: py
     monkeypatch.setattr(kept, "DAYS", 29)
     first = ask(layout, "certificate", names=["spark.local"])
     served = kept.folder_of(layout) / "certificate.pem"
-    assert kept.validity(served)["renew"]
+    assert kept.validity(served).renew
     monkeypatch.undo()
     renewed = ask(layout, "certificate", names=["spark.local"])
-    assert (renewed["made"], renewed["authority"]) == (True, first["authority"])
-    assert renewed["until"] != first["until"]
+    assert (renewed.made, renewed.authority) == (True, first.authority)
+    assert renewed.until != first.until
 
 
 def test_what_is_wrong_with_a_certificate_is_known(layout: Layout, tmp_path: Path) -> None:
@@ -164,13 +166,8 @@ def test_what_is_wrong_with_a_certificate_is_known(layout: Layout, tmp_path: Pat
     ask(layout, "certificate", names=["spark.local", "192.168.1.20"])
     served = kept.folder_of(layout) / "certificate.pem"
     well = kept.validity(served, ["spark.local", "192.168.1.20"])
-    assert {key: well[key] for key in ("expired", "renew", "uncovered")} == {
-        "expired": False, "renew": False, "uncovered": [],
-    }  # fmt: skip
-    assert kept.validity(served, ["spark.local", "box.local", "192.168.1.2"])["uncovered"] == [
-        "box.local",
-        "192.168.1.2",
-    ]
+    assert (well.expired, well.renew, well.uncovered) == (False, False, ())
+    assert kept.validity(served, ["spark.local", "box.local", "192.168.1.2"]).uncovered == ("box.local", "192.168.1.2")
     old = tmp_path / "old.pem"
     key = f"{tmp_path}/key"
     make = [
@@ -190,8 +187,8 @@ def test_what_is_wrong_with_a_certificate_is_known(layout: Layout, tmp_path: Pat
     sign = ["openssl", "x509", "-req", "-in", f"{tmp_path}/request", "-signkey", key, "-days", "-1", "-out", str(old)]
     subprocess.run([*sign, "-copy_extensions", "copyall"], check=True, capture_output=True)
     found = kept.validity(old, ["spark.home.local", "spark"])
-    assert (found["expired"], found["renew"], found["uncovered"]) == (True, True, ["spark"])
-    assert kept.validity(tmp_path / "none.pem")["until"] == ""
+    assert (found.expired, found.renew, found.uncovered) == (True, True, ("spark",))
+    assert kept.validity(tmp_path / "none.pem").until == ""
 
 
 def test_a_certificate_that_was_renewed_is_noticed(layout: Layout, tmp_path: Path) -> None:
@@ -203,13 +200,13 @@ def test_a_certificate_that_was_renewed_is_noticed(layout: Layout, tmp_path: Pat
     def looked() -> Any:
         return look.gateway(layout, port, ["spark.local"], str(given))
 
-    assert (looked()["given"]["same"], looked()["given"]["uncovered"], looked()["holder"]) == (True, [], {})
+    assert (looked().given.same, looked().given.uncovered, looked().holder) == (True, (), {})
     given.write_text("another")
     with socket.socket() as held:
         held.bind(("127.0.0.1", port))
         held.listen()
-        assert (looked()["given"]["same"], looked()["given"]["until"]) == (False, "")
-        assert looked()["holder"]["pid"] == os.getpid()
+        assert (looked().given.same, looked().given.until) == (False, "")
+        assert looked().holder["pid"] == os.getpid()
 
 
 def verify(authority: Path, certificate: Path, name: str) -> None:

@@ -33,7 +33,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     monkeypatch.setenv("HEARTH_HOSTS", str(tmp_path / "hosts.toml"))
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path / "cache"))
     (place / "state").mkdir(parents=True)
-    return Layout(find_target("local").site)
+    return Layout(vars(find_target("local").site))
 
 
 def call() -> object:
@@ -117,7 +117,7 @@ print("done")
 def installing(layout: Layout) -> list[str]:
     import json
 
-    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(layout.json)]
+    return [sys.executable, "-c", CODE, str(archive.agent_file()), json.dumps(vars(layout.site))]
 
 
 def test_killed_unpacking_leaves_a_complete_agent_or_none(layout: Layout) -> None:

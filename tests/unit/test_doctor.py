@@ -13,6 +13,8 @@ import msgspec
 import pytest
 
 from agent.schema.facts import Busy, Ended
+from agent.schema.gateway import GatewayState, LogDisk, Served, Server
+from agent.schema.installed import InstalledGateway
 from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe
 from agent.schema.survey import Installation, Survey
 from core.errors import ConnectError, ToolError
@@ -142,33 +144,42 @@ def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     assert machines.splitlines()[2].endswith("100.0 GB  9000.0 GB")
 
 
-GATEWAY: dict[str, Any] = {
-    "name": "home", "unit": "text", "active": True, "guarded": True, "holder": {}, "given": {},
-    "servers": [{"name": "spark", "state": "UP", "requests": 0}],
-    "certificate": {"until": "2027", "expired": False, "renew": False, "uncovered": []},
-    "journal": {"persistent": True, "free": 50, "total": 100},
-}  # fmt: skip
+CERTIFICATE = Served("2027", expired=False, renew=False, uncovered=(), names=("spark.local",))
+GATEWAY = GatewayState(
+    installed=InstalledGateway("text"),
+    active=True,
+    guarded=True,
+    people={},
+    certificate=CERTIFICATE,
+    given=None,
+    holder={},
+    journal=LogDisk(persistent=True, free=50, total=100),
+    servers=(Server("spark", "UP", 0),),
+    previous=None,
+    missing=(),
+    kept=True,
+)
 
 
 @pytest.mark.parametrize(
     ("values", "check"),
     [
         ({}, ""),
-        ({"unit": "", "active": False}, "gateway"),
+        ({"installed": InstalledGateway(), "active": False}, "gateway"),
         ({"active": False}, "gateway"),
         ({"guarded": False}, "gateway"),
-        ({"servers": [{"name": "spark", "state": "DOWN", "requests": 0}]}, "gateway"),
-        ({"servers": [{"name": "spark", "state": "MAINT", "requests": 0}]}, "gateway"),
+        ({"servers": (Server("spark", "DOWN", 0),)}, "gateway"),
+        ({"servers": (Server("spark", "MAINT", 0),)}, "gateway"),
         ({"holder": {"pid": 1, "command": "nginx", "unit": None}}, "gateway-port"),
-        ({"certificate": {**GATEWAY["certificate"], "expired": True, "renew": True}}, "gateway-certificate"),
-        ({"certificate": {**GATEWAY["certificate"], "renew": True}}, "gateway-certificate"),
-        ({"certificate": {**GATEWAY["certificate"], "uncovered": ["spark.local"]}}, "gateway-certificate"),
-        ({"journal": {"persistent": False, "free": 50, "total": 100}}, "audit-log"),
-        ({"journal": {"persistent": True, "free": 4, "total": 100}}, "audit-log"),
+        ({"certificate": replace(CERTIFICATE, expired=True, renew=True)}, "gateway-certificate"),
+        ({"certificate": replace(CERTIFICATE, renew=True)}, "gateway-certificate"),
+        ({"certificate": replace(CERTIFICATE, uncovered=("spark.local",))}, "gateway-certificate"),
+        ({"journal": LogDisk(persistent=False, free=50, total=100)}, "audit-log"),
+        ({"journal": LogDisk(persistent=True, free=4, total=100)}, "audit-log"),
     ],
 )
 def test_problems_of_a_gateway_are_reported(values: dict[str, Any], check: str) -> None:
-    case = replace(seen(), gateway={**GATEWAY, **values})
+    case = replace(seen(), gateway=("home", replace(GATEWAY, **values)))
     assert [*found(case)] == ([check] if check else [])
 
 

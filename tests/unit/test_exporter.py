@@ -426,7 +426,7 @@ def running(place: Path, port: int) -> Iterator[str]:
     """The exporter from the agent's archive, as a host runs it; yields its address."""
     ours = free_port()
     release(place)
-    config = {"site": layout(place, port, address="127.0.0.1").json, "port": ours, "cuda": False}
+    config = {"site": vars(layout(place, port, address="127.0.0.1").site), "port": ours, "cuda": False}
     (place / "exporter.json").write_text(json.dumps(config))
     words = [sys.executable, "-I", "-S", str(archive.agent_file()), "metrics", str(place / "exporter.json")]
     process = subprocess.Popen(

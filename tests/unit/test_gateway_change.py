@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from agent.change import gateway as change
-from agent.files import AgentError, Json, read
+from agent.files import AgentError, recorded
 from agent.layout import Layout
 from agent.look.gateway import current, installed, previous
 from agent.schema.change import Gateway as Step
+from agent.schema.installed import InstalledGateway
 from agent.serve import gateway as kept
 from agent.serve import systemd
 from deploy.gateways import Gateway, Person
@@ -51,14 +52,16 @@ class Served:
     place: Path
     port: int
 
-    def wanted(self, *, unit: str = "unit", names: tuple[str, ...] = ("127.0.0.1",), extra: str = "") -> Json:
+    def wanted(
+        self, *, unit: str = "unit", names: tuple[str, ...] = ("127.0.0.1",), extra: str = ""
+    ) -> InstalledGateway:
         found = Gateway(host="a", names=names, listen="127.0.0.1", port=self.port, users={"anna": Person()}, hold="5s")
         secrets = str(kept.folder_of(self.layout))
         places = Places(secrets, str(self.place), f"{secrets}/certificate.pem")
         text = configuration("home", found, Hosts(hosts={"a": Host(address="a", port=free_port())}), places)
-        return {"unit": unit, "configuration": text + extra, "access": {"1": ["nobody", "no-such-user"]}}
+        return InstalledGateway(unit, text + extra, {"1": ("nobody", "no-such-user")})
 
-    def apply(self, wanted: Json, certificate: str = "") -> None:
+    def apply(self, wanted: InstalledGateway, certificate: str = "") -> None:
         names = ("127.0.0.1", "spark.local")
         step = Step("t", "w", "u", wanted, "127.0.0.1", self.port, names, certificate)
         change.gateway(self.layout, step, lambda _: None)
@@ -122,11 +125,11 @@ def test_the_release_before_is_kept_for_a_rollback(host: Served) -> None:
     for each in texts:
         host.apply(each)
         host.apply(each)  # again: the one before stays
-    assert read(previous(host.layout) / "step.json")["gateway"] == texts[1]
+    assert recorded(previous(host.layout) / "step.json", Step).gateway == texts[1]
     assert len(list((host.place / "gateway/releases").iterdir())) == 2
     with pytest.raises(AgentError):
         host.apply(host.wanted(extra="\nnonsense\n"))
-    assert read(previous(host.layout) / "step.json")["gateway"] == texts[1]
+    assert recorded(previous(host.layout) / "step.json", Step).gateway == texts[1]
 
 
 def test_the_firewall_lets_named_users_and_services_through(host: Served) -> None:
@@ -161,7 +164,7 @@ def test_a_unit_that_does_not_start_is_replaced_by_the_previous_one(host: Served
 def test_a_first_deploy_that_fails_leaves_nothing(host: Served) -> None:
     with pytest.raises(AgentError):
         host.apply(host.wanted(unit="broken"))
-    assert (host.code(), installed(host.layout)) == (0, {})
+    assert (host.code(), installed(host.layout)) == (0, InstalledGateway())
     assert list((host.place / "units").iterdir()) == []
 
 
@@ -208,8 +211,8 @@ def test_a_given_certificate_is_used(host: Served) -> None:
 
 def test_a_removed_gateway_leaves_people_and_certificate(host: Served) -> None:
     host.apply(host.wanted())
-    change.put(host.layout, {})
-    assert (host.code(), installed(host.layout)) == (0, {})
+    change.put(host.layout, InstalledGateway())
+    assert (host.code(), installed(host.layout)) == (0, InstalledGateway())
     assert json.loads((kept.folder_of(host.layout) / "people.json").read_text()) == {}
     host.apply(host.wanted())
     assert host.code() == 401

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from agent.schema import change as schema
+from agent.schema.gateway import Certificate, GatewayState, Given, LogDisk, Person, Served, Server
+from agent.schema.installed import InstalledGateway
 from deploy import browse, host
 from deploy.plan import Options, Plan
 from gateway import control
@@ -27,6 +29,9 @@ users.ben = {}
 """
 
 
+OWN: dict[str, Any] = {"until": "2027", "expired": False, "renew": False, "uncovered": ()}
+
+
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "hosts.toml"
@@ -35,23 +40,25 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def reported(**values: Any) -> dict[str, Any]:
-    """A host whose gateway is as configured."""
+def reported(**values: Any) -> GatewayState:
+    """A host whose gateway is as configured, except for these values, by field."""
     name, found = control.find("")
     right = control.wanted(name, found, "/opt/comfyui", "comfyui")
-    certificate = {"names": sorted(found.names), "until": "2027", "renew": False}
-    people = {each: {"password": True, "tokens": 0} for each in found.users}
-    more = {
-        "active": True,
-        "guarded": True,
-        "missing": [],
-        "servers": [],
-        "given": {},
-        "holder": {},
-        "certificate": certificate,
-        "people": people,
-    }
-    return {**right, **more, **values}
+    well = GatewayState(
+        installed=right,
+        active=True,
+        guarded=True,
+        people={each: Person(True) for each in found.users},
+        certificate=Served(**OWN, names=tuple(sorted(found.names))),
+        given=None,
+        holder={},
+        journal=LogDisk(True, 50, 100),
+        servers=(),
+        previous=None,
+        missing=(),
+        kept=True,
+    )
+    return replace(well, **values)
 
 
 def planned(facts: Any = None, **values: Any) -> Plan:
@@ -88,12 +95,12 @@ listen = "192.168.1.20"
 behind = ["spark", "ann", "ben", "box"]""")
     )  # fmt: skip
     name, found = control.find("")
-    access = control.wanted(name, found, "/opt/comfyui", "comfyui")["access"]
+    access = control.wanted(name, found, "/opt/comfyui", "comfyui").access
     users = {"8188": "comfyui", "8288": "ann", "8388": "ben"}
     users |= {"28188": "comfyui", "28288": "ann", "28388": "ben"}  # of trials
     assert {port: names[2] for port, names in access.items()} == users
-    assert host.target("ben").site["trial"] == 28388
-    assert "trial" not in host.target("box").site  # on another machine nothing is guarded
+    assert host.target("ben").site.trial == 28388
+    assert not host.target("box").site.trial  # on another machine nothing is guarded
     assert {tuple(names[:2]) for names in access.values()} == {("hearth-gateway", "hearth-exporter")}
 
 
@@ -101,15 +108,27 @@ behind = ["spark", "ann", "ben", "box"]""")
 @pytest.mark.parametrize(
     "values",
     [
-        {"unit": "", "configuration": "", "active": False},
+        {"unit": "", "configuration": ""},
         {"unit": "other"},
         {"configuration": "other"},
+        {"access": {}},
+    ],
+)
+def test_another_installed_gateway_is_replaced(values: dict[str, Any]) -> None:
+    (step,) = planned(installed=replace(reported().installed, **values)).steps
+    assert "another" in step.why or not values["unit"]
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"installed": InstalledGateway(), "active": False},
         {"active": False},
         {"guarded": False},
-        {"servers": [{"name": "spark", "state": "MAINT", "requests": 0}]},
-        {"access": {}},
-        {"certificate": {"names": ["other"], "until": "2027", "renew": False}},
-        {"certificate": {"names": ["192.168.1.20", "spark.local"], "until": "2026", "renew": True}},
+        {"servers": (Server("spark", "MAINT", 0),)},
+        {"certificate": Served(**OWN, names=("other",))},
+        {"certificate": Served(**{**OWN, "renew": True}, names=("192.168.1.20", "spark.local"))},
     ],
 )
 def test_whatever_differs_is_one_step(values: dict[str, Any]) -> None:
@@ -120,7 +139,7 @@ def test_whatever_differs_is_one_step(values: dict[str, Any]) -> None:
     assert step.why
 
 
-GIVEN = {"same": True, "until": "2027", "expired": False, "renew": False, "uncovered": []}
+GIVEN = Given(**OWN, same=True)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +149,7 @@ GIVEN = {"same": True, "until": "2027", "expired": False, "renew": False, "uncov
         ({"same": False}, 1, []),
         ({"renew": True}, 0, []),
         ({"same": False, "expired": True}, 0, ["certificate"]),
-        ({"same": False, "uncovered": ["spark.local"]}, 0, ["certificate"]),
+        ({"same": False, "uncovered": ("spark.local",)}, 0, ["certificate"]),
         ({"same": False, "until": ""}, 0, ["certificate"]),
     ],
 )
@@ -139,7 +158,7 @@ def test_a_certificate_of_yours_is_used_if_it_is_valid(
 ) -> None:
     """The gateway's own is not looked at. A renewed file is deployed again."""
     written.write_text(HOSTS.replace("users.anna", 'certificate = "/x.pem"\nusers.anna', 1))
-    found = planned(certificate={"names": [], "until": "", "renew": True}, given={**GIVEN, **given})
+    found = planned(certificate=Served("", False, True, (), ()), given=replace(GIVEN, **given))
     assert (len(found.steps), [each.kind for each in found.refusals]) == (steps, refused)
     assert [each.certificate for each in found.steps if isinstance(each, schema.Gateway)] == ["/x.pem"] * steps
     assert len(found.notes) == ("renew" in given)
@@ -153,7 +172,7 @@ def test_a_port_that_another_program_uses_is_refused() -> None:
 
 @pytest.mark.usefixtures("written")
 def test_reasons_against_a_deploy() -> None:
-    both = planned(missing=["/usr/sbin/haproxy", "/usr/sbin/nft"]).refusals
+    both = planned(missing=("/usr/sbin/haproxy", "/usr/sbin/nft")).refusals
     assert [(each.kind, each.remedy.rpartition(" ")[2]) for each in both] == [
         ("no-program", "haproxy"),
         ("no-program", "nftables"),
@@ -176,41 +195,41 @@ def test_a_rollback_serves_the_release_before(monkeypatch: pytest.MonkeyPatch) -
 
     class Reports:
         def call(self, _: str, **__: Any) -> dict[str, Any]:
-            return found
+            return asdict(found)
 
-    found = reported(previous={})
+    found = reported()
     (refusal,) = planners[0](Reports(), host.target("spark"), running_facts()).refusals
     assert refusal.kind == "no-release"
-    (step,) = planned(unit="other").steps
+    (step,) = planned(active=False).steps
     assert isinstance(step, schema.Gateway)
-    before = {**asdict(step), "gateway": {**step.gateway, "configuration": "the one before"}}
+    before = replace(step, gateway=replace(step.gateway, configuration="the one before"))
     found = reported(previous=before)
     (back,) = planners[0](Reports(), host.target("spark"), running_facts()).steps
-    assert (back.gateway["configuration"], back.port) == ("the one before", 443)
-    found = reported(**back.gateway)
+    assert (back.gateway.configuration, back.port) == ("the one before", 443)
+    found = reported(installed=back.gateway)
     assert planners[0](Reports(), host.target("spark"), running_facts()).steps == ()
 
 
 @pytest.mark.usefixtures("written")
 def test_people_who_cannot_log_in_yet_are_named() -> None:
-    (note,) = planned(people={"anna": {"password": True, "tokens": 0}}).notes
+    (note,) = planned(people={"anna": Person(True)}).notes
     assert "inv gateway users add ben" in note
 
 
 def test_the_status_names_what_is_wrong() -> None:
-    people = {"ben": {"role": "", "password": True, "tokens": 2}}
-    found: dict[str, Any] = {
-        "name": "home",
-        "host": "spark",
-        "address": "https://spark.local",
-        "state": "in service",
-        "people": people,
-    }
-    found |= {"guarded": True, "hosts": [{"name": "box", "state": "MAINT", "requests": 3}]}
-    found |= {"certificate": {"until": "2027", "expired": False, "uncovered": []}}
+    found = control.Status(
+        name="home",
+        host="spark",
+        address="https://spark.local",
+        state="in service",
+        hosts=(Server("box", "MAINT", 3),),
+        guarded=True,
+        certificate=Certificate(**OWN),
+        people={"ben": control.Member(True, 2)},
+    )
     well = control.rows(found)
     assert ["box", "MAINT", "3"] in [each.split() for each in well]
-    worse = {**found, "guarded": False, "certificate": {"until": "2025", "expired": True, "uncovered": ["spark.local"]}}
+    worse = replace(found, guarded=False, certificate=Certificate("2025", True, True, ("spark.local",)))
     assert len(control.rows(worse)) == len(well) + 1
     assert control.rows(worse)[0].endswith("certificate until 2025, expired, not for spark.local")
 

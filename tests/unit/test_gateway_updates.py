@@ -130,7 +130,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
 
 
 def states(layout: Layout) -> dict[str, str]:
-    return {each["name"]: each["state"] for each in balance.servers(layout)}
+    return {each.name: each.state for each in balance.servers(layout)}
 
 
 def test_people_leave_a_host_before_it_is_replaced(
@@ -141,26 +141,26 @@ def test_people_leave_a_host_before_it_is_replaced(
         first = gateway.ask("GET", "/", "ben").json["port"]
         name = f"h{[each.port for each in hosts].index(first)}"
         other = "h1" if name == "h0" else "h0"
-        assert balance.set_state(layout, name, "drain", 60) == {"done": True}
+        assert balance.set_state(layout, name, "drain", 60).done
         assert gateway.ask("GET", "/", "ben").json["port"] == first
         assert {gateway.ask("GET", "/", who).json["port"] for who in ("anna", "cleo")} != {first}
-        assert balance.set_state(layout, name, "maint", 60) == {"done": True}
+        assert balance.set_state(layout, name, "maint", 60).done
         assert gateway.ask("GET", "/", "ben").json["port"] != first
         assert states(layout) == {name: "MAINT", other: "UP"}
         monkeypatch.setattr(balance, "PATIENCE", 0)
         for state in ("drain", "maint"):
-            assert balance.set_state(layout, other, state, 60) == {"done": False}
-        assert balance.set_state(layout, name, "ready", 60) == {"done": True}
+            assert not balance.set_state(layout, other, state, 60).done
+        assert balance.set_state(layout, name, "ready", 60).done
         assert states(layout) == {name: "UP", other: "UP"}
-        assert balance.set_state(layout, "h9", "drain", 60) == {"done": False}
+        assert not balance.set_state(layout, "h9", "drain", 60).done
     assert balance.servers(layout) == []
-    assert balance.set_state(layout, name, "drain", 60) == {"done": False}
+    assert not balance.set_state(layout, name, "drain", 60).done
 
 
 def test_a_host_is_back_when_nobody_asks_for_it_any_more(tmp_path: Path, layout: Layout) -> None:
     """systemd tells HAProxy then: a deploy that is killed tells nobody."""
     with running(tmp_path, hosts=2):
-        assert balance.set_state(layout, "h1", "maint", 60) == {"done": True}
+        assert balance.set_state(layout, "h1", "maint", 60).done
         assert states(layout) == {"h0": "UP", "h1": "MAINT"}
         words = (tmp_path / "systemd-run.log").read_text().split("\0")
         assert "--on-active=60" in words
@@ -185,14 +185,14 @@ def test_no_request_fails_or_waits_while_two_hosts_are_replaced_in_turn(tmp_path
             clients = [asyncio.ensure_future(asyncio.to_thread(client, who)) for who in ("anna", "ben", "cleo") * 2]
             for i, each in enumerate(hosts):
                 for state in ("drain", "maint"):
-                    assert balance.set_state(layout, f"h{i}", state, 60) == {"done": True}
+                    assert balance.set_state(layout, f"h{i}", state, 60).done
                 await asyncio.sleep(0.5)  # what was being answered ends
                 each.stop()
                 before = len(hosts[1 - i].requests)
                 while len(hosts[1 - i].requests) < before + 20:
                     await asyncio.sleep(0.05)
                 each.start()
-                assert balance.set_state(layout, f"h{i}", "ready", 60) == {"done": True}
+                assert balance.set_state(layout, f"h{i}", "ready", 60).done
             ended = True
             return await asyncio.gather(*clients)
 

@@ -332,7 +332,7 @@ def test_the_agent_samples_at_its_pace_and_names_the_job() -> None:
         code = (
             "import json; from itertools import islice\n"
             "from agent.look.samples import samples; from agent.layout import Layout\n"
-            f"found = list(islice(samples(Layout({place.json!r}), 0.3, None), 3))\n"
+            f"found = list(islice(samples(Layout({vars(place.site)!r}), 0.3, None), 3))\n"
             "print(json.dumps(found, default=vars))"
         )
         begun = time.time()
@@ -346,7 +346,7 @@ def test_a_comfyui_that_hangs_does_not_hold_up_the_samples() -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as hung:  # accepts connections, and answers none
         code = (
             "import json; from agent.look.samples import samples; from agent.layout import Layout\n"
-            f"print(json.dumps(list(samples(Layout({layout(hung.server_port).json!r}), 0.2, 2)), default=vars))"
+            f"print(json.dumps(list(samples(Layout({vars(layout(hung.server_port).site)!r}), 0.2, 2)), default=vars))"
         )
         found = msgspec.json.decode(nvml.python(code, nvml.recording("h200")), type=list[Sample])
     assert len(found) > 3  # one second is lost, once

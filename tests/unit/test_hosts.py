@@ -41,7 +41,7 @@ def test_local_needs_no_file() -> None:
     assert host.select("", "") == ["local"]
     local = host.target("local")
     assert (local.profile_name, local.host.scope, local.prefix) == ("cpu", "user", "~/.local/share/hearth/comfyui")
-    assert local.site["user"] == ""
+    assert local.site.user == ""
 
 
 @pytest.mark.parametrize(("text", "scope"), [("port = 8189", "user"), ('scope = "system"', "system")])

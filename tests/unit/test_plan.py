@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.schema.change import Step
+from agent.schema.change import Exporter, Step
 from agent.schema.facts import Holder
+from agent.schema.installed import ExporterState, InstalledExporter
 from core import files
 from core.manifest import Manifest
 from deploy import archive, facts, plan, refusals
@@ -223,11 +224,12 @@ def test_exporter_is_a_separate_step() -> None:
     assert [step for step in first.steps if step.kind == "release"] == [
         step for step in bare.steps if step.kind == "release"
     ]
-    (wanted,) = (values(step)["exporter"] for step in first.steps if step.kind == "exporter")
-    assert wanted["agent"] == archive.agent_hash()
-    told = wanted["settings"]
-    assert (told["port"], told["cuda"], told["site"]["prefix"]) == (9188, True, "/opt/comfyui")
-    unit, state = wanted["unit"], "/opt/comfyui/state"
+    (wanted,) = (step.exporter for step in first.steps if isinstance(step, Exporter))
+    assert wanted.agent == archive.agent_hash()
+    told = wanted.settings
+    assert told is not None
+    assert (told.port, told.cuda, told.site.prefix) == (9188, True, "/opt/comfyui")
+    unit, state = wanted.unit, "/opt/comfyui/state"
     assert f"\nExecStart=/usr/bin/python3.12 -I -S {state}/exporter metrics {state}/exporter.json\n" in unit
     assert "\nIPAddressAllow=localhost 192.168.1.5\n" in unit  # where ComfyUI listens
     assert "\nDeviceAllow=char-nvidia rw\n" in unit
@@ -237,27 +239,29 @@ def test_exporter_is_a_separate_step() -> None:
     (account,) = (step for step in made(without, spark(metrics_port=9188)).steps if step.kind == "account")
     assert (account.title, account.undo) == ("create the system user hearth-exporter", "userdel hearth-exporter")
     own = made(target=spark(metrics_port=9188, scope="user"))
-    (wanted,) = (values(step)["exporter"] for step in own.steps if step.kind == "exporter")
-    assert "\nWantedBy=default.target\n" in wanted["unit"]
-    assert "ProtectSystem" not in wanted["unit"]
+    (wanted,) = (step.exporter for step in own.steps if isinstance(step, Exporter))
+    assert "\nWantedBy=default.target\n" in wanted.unit
+    assert "ProtectSystem" not in wanted.unit
 
 
 def test_an_exporter_is_changed_alone() -> None:
     (step,) = exporting(settled())
-    assert (step.kind, step.why) == ("exporter", "no exporter is installed")
-    there = values(step)["exporter"]
-    as_wanted = replace(settled(), exporter={**there, "active": True})
+    assert isinstance(step, Exporter)
+    assert step.why == "no exporter is installed"
+    there, active = step.exporter, ExporterState(**vars(step.exporter), active=True)
+    as_wanted = replace(settled(), exporter=active)
     assert exporting(as_wanted) == []
-    for change, why in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"agent": "f" * 16}, "its agent changed"),
         ({"unit": "[Unit]\n"}, "its unit changed"),
-        ({"settings": {}, "unit": ""}, "its settings and unit changed"),
+        ({"settings": None, "unit": "[Unit]\n"}, "its settings and unit changed"),
         ({"active": False}, "the exporter is not running"),
-    ):
-        (step,) = exporting(replace(settled(), exporter={**there, "active": True, **change}))
-        assert (step.kind, step.why, values(step)["exporter"]) == ("exporter", why, there)
+    )
+    for change, why in changes:
+        (step,) = exporting(replace(settled(), exporter=replace(active, **change)))
+        assert (step.why, vars(step)["exporter"]) == (why, there)
     (step,) = made(as_wanted).steps[:1]
-    assert (step.kind, step.title, values(step)["exporter"]) == ("exporter", "remove the metrics exporter", {})
+    assert (step.title, vars(step)["exporter"]) == ("remove the metrics exporter", InstalledExporter())
 
 
 def test_metrics_port_without_systemd_is_refused() -> None:

@@ -45,7 +45,7 @@ class Upload:
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=files.CHECKOUT
         )
         self.begun = time.monotonic()
-        values = {"site": layout.json, "sha256": DIGEST, "size": len(DATA), "offset": offset}
+        values = {"site": vars(layout.site), "sha256": DIGEST, "size": len(DATA), "offset": offset}
         self.send(json.dumps(values).encode() + b"\n")
 
     def send(self, data: bytes) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from agent.change import runs
+from agent.files import AgentError, record, recorded
 from agent.schema import change
 from agent.schema.decode import decode
+from agent.schema.gateway import Login
+from agent.schema.installed import InstalledGateway
 from agent.schema.live import Freed, GpuMemory, Held
 from tests.plans import FRESH, made, spark
 
@@ -52,3 +56,30 @@ def test_invalid_value_error_names_the_field(edit: dict[str, Any], said: str) ->
 def test_a_step_of_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="no step of kind 'format-disk'"):
         change.unpacked({"kind": "format-disk"})
+
+
+INSTALLED = InstalledGateway("unit", "text", {"8188": ("anna",)})
+STEP = change.Gateway("t", "w", "u", INSTALLED, "127.0.0.1", 443, ("spark.local",))
+
+
+def test_records_of_older_and_newer_agents_are_read(tmp_path: Path) -> None:
+    """`recorded` ignores what this agent does not know, and has defaults for what an older one did not write."""
+    path = tmp_path / "record.json"
+    record(path, STEP)
+    assert recorded(path, change.Gateway) == STEP
+    older = {name: value for name, value in plain(STEP).items() if name != "certificate"}
+    newer = {**older, "more": 1, "gateway": {**plain(INSTALLED), "more": 1}}
+    for each in (older, newer):
+        path.write_text(json.dumps(each))
+        assert recorded(path, change.Gateway) == STEP
+
+
+@pytest.mark.parametrize("text", ['{"anna": {"password": 7}}', '{"anna": 7}', "[]", "{"])
+def test_a_damaged_record_is_not_read_as_an_empty_one(tmp_path: Path, text: str) -> None:
+    """Whoever changes it would lose its content; `lenient` is for records that the next deploy writes again."""
+    path = tmp_path / "people.json"
+    assert recorded(path, dict[str, Login]) == {}
+    path.write_text(text)
+    with pytest.raises(AgentError, match="is damaged"):
+        recorded(path, dict[str, Login])
+    assert recorded(path, dict[str, Login], lenient=True) == {}

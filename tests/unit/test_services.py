@@ -43,7 +43,7 @@ def make(place: Path, **values: Any) -> Layout:
     argv = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
     write(layout.releases / "one/release.json", json.dumps({"id": "one", "argv": argv, "environment": {}}))
     write(layout.agent, archive.packed_agent())
-    write(layout.state / "site.json", json.dumps(layout.json))
+    write(layout.state / "site.json", json.dumps(vars(layout.site)))
     link(layout.current, "releases/one")
     layout.data.mkdir()
     return layout
@@ -137,12 +137,12 @@ def test_start_and_stop_during_status_queries(tmp_path: Path) -> None:
     layout = make(tmp_path)
     code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
     code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nwhile True: one.status()"
-    argv = [sys.executable, "-c", code, json.dumps(layout.json)]
+    argv = [sys.executable, "-c", code, json.dumps(vars(layout.site))]
     with subprocess.Popen(argv, cwd=files.CHECKOUT) as asker:
         try:
             code = "import json, sys; from agent.layout import Layout; from agent.serve.supervised import Supervised\n"
             code += "one = Supervised(Layout(json.loads(sys.argv[1])))\nfor _ in range(3): one.start(); one.stop()"
-            subprocess.run([sys.executable, "-c", code, json.dumps(layout.json)], cwd=files.CHECKOUT, check=True)
+            subprocess.run([sys.executable, "-c", code, json.dumps(vars(layout.site))], cwd=files.CHECKOUT, check=True)
         finally:
             asker.kill()
     assert "another process has locked" not in (layout.state / "agent.log").read_text()
@@ -359,7 +359,7 @@ def test_root_unit_refuses_a_replaceable_python(tmp_path: Path, monkeypatch: pyt
         assert systemd.rooted(python) is not bool(fault)
         monkeypatch.setattr(sys, "_base_executable", str(python))
         monkeypatch.setattr(sys, "executable", str(python))
-        layout = Layout({**make(tmp_path / "prefix").json, "scope": "system"})
+        layout = Layout({**vars(make(tmp_path / "prefix").site), "scope": "system"})
         assert systemd._python(layout) == ("/usr/bin/python3" if fault else str(python))
         monkeypatch.setattr(systemd, "rooted", lambda _: False)
         with pytest.raises(AgentError, match="would run as root at each boot"):
