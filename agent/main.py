@@ -159,10 +159,14 @@ def _contents(layout: Layout, request: Json) -> Json:
     return {name: contents(layout.parts / name) for name in request["parts"]}
 
 
-def _flags(layout: Layout, request: Json) -> Json:
-    """Return the current release's manifest and the source of ComfyUI's flags."""
-    release = layout.release()
-    return {"release": layout.manifest(release), "text": read_text(layout.releases / release / "app/comfy/cli_args.py")}
+def _flags(layout: Layout, request: Json) -> object:
+    from agent.schema.live import CommandLine
+
+    if not (found := layout.manifest(layout.release())):
+        return CommandLine()
+    words = found["argv"][found["argv"].index(f"{found['code']}/main.py") + 1 :]
+    text = read_text(layout.releases / found["id"] / "app/comfy/cli_args.py")
+    return CommandLine(found["id"], found.get("version", ""), tuple(words), text)
 
 
 OWN: dict[str, Callable[[Layout, Json], object]] = {"facts": _facts, "contents": _contents, "flags": _flags}

@@ -11,6 +11,7 @@ import msgspec
 
 from agent.schema.change import CutOver, Restart
 from agent.schema.gateway import Aside
+from agent.schema.live import Job
 from core import console
 from core.errors import HearthError
 from deploy import connection
@@ -104,6 +105,8 @@ def _await_jobs(agent: Agent, seconds: float) -> None:
 
 def _has_jobs(agent: Agent) -> bool:
     try:
-        return any(each["status"] in ("running", "pending") for each in agent.call("jobs", count=1))
+        return any(
+            each.status in ("running", "pending") for each in msgspec.convert(agent.call("jobs", count=1), list[Job])
+        )
     except HearthError:  # ComfyUI does not answer: there is nothing to wait for
         return False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.facts import Ended
 from core import console, workspace
 from core.arch import local_gpus
 from core.console import counted
@@ -83,11 +84,11 @@ def facts(name: str, *, ask_sudo: bool = False) -> Facts:
         return look(agent, target)
 
 
-def history(name: str, *, ask_sudo: bool = False) -> list[dict[str, Any]]:
+def history(name: str, *, ask_sudo: bool = False) -> list[Ended]:
     """The results of all runs on a host, oldest first."""
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
-        return msgspec.convert(agent.call("history"), list[dict[str, Any]])
+        return msgspec.convert(agent.call("history"), list[Ended])
 
 
 def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from packaging.version import Version
 
+from agent.schema.live import NodeTypes
 from core import console, files, source
 from core.errors import ConfigError, HearthError, SourceError
 from core.stack import find_stack
@@ -165,16 +166,16 @@ def _tree(recipe: source.Pinned | None) -> Path | str:
 
 def running(agent: Agent, host: str, *, saved: bool) -> tuple[Interface, Workflows]:
     """The node types of a host's running ComfyUI and, with `saved`, the workflows that its users saved."""
-    answer = agent.call("node-types", workflows=saved)
+    answer = msgspec.convert(agent.call("node-types", workflows=saved), NodeTypes)
     found: Workflows = {}
-    for name, content in sorted(answer["workflows"].items()):
+    for name, content in sorted(answer.workflows.items()):
         label = f"{host}:{name}"
         try:
             unread = "it has no nodes" if content else "it is too large, or not JSON"
             found[label] = workflows.graphs(label, [content], unread)
         except ConfigError as error:
             found[label] = error
-    return interface.reported(answer["types"]), found
+    return interface.reported(answer.types), found
 
 
 def of_update(old: Release, new: Release) -> Preview:

@@ -9,6 +9,8 @@ import tarfile
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
 from core.console import counted
@@ -92,7 +94,8 @@ class Upload:
         used = {each["parts"].get(kind) for each in self.facts.releases}
         there = sorted(name for name, error in self.facts.parts.items() if name in used and not error)
         held: dict[str, str] = {}
-        for part, listed in self.agent.call("contents", parts=there).items() if there else ():
+        found = self.agent.call("contents", parts=there) if there else {}
+        for part, listed in msgspec.convert(found, dict[str, dict[str, str]]).items():
             held |= {digest: f"{part}/{name}" for name, digest in listed.items()}
         reuse = {name: held[digest] for name, digest in wanted.items() if digest in held}
         archive = self.scratch / f"{tree.name}.tar.gz"

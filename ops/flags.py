@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
+
+from agent.schema.live import CommandLine
 from core import console
 from deploy import fleet
 from deploy.release import OWN_FLAGS
@@ -13,7 +16,7 @@ from deploy.survey import settings
 from lock import application as applications
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from deploy.connection import Agent
     from deploy.host import Target
@@ -54,24 +57,23 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[F
     """Read the flags of the active release on each host."""
 
     def one(agent: Agent, target: Target) -> Flags:
-        found = agent.call("flags")
+        found = msgspec.convert(agent.call("flags"), CommandLine)
         app = target.host.comfyui
-        text = found["text"] or applications.text(applications.tree(applications.application(app)), "comfy/cli_args.py")
-        return compare(target, found["release"], text)
+        text = found.text or applications.text(applications.tree(applications.application(app)), "comfy/cli_args.py")
+        return compare(target, found, text)
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 
 
-def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
-    """Compare a host's configuration with its release (empty: none), for the flags in a `comfy/cli_args.py`."""
+def compare(target: Target, there: CommandLine, text: str) -> Flags:
+    """Compare a host's configuration with its release, if any, for the flags in a `comfy/cli_args.py`."""
     known = applications.flags(text)
     groups: dict[str, list[str]] = {}
     for name, flag in known.items():
         if flag.group:
             groups.setdefault(flag.group, []).append(name)
     configured = target.flags
-    argv = release["argv"][release["argv"].index(f"{release['code']}/main.py") + 1 :] if release else ()
-    deployed = settings(argv) if release else configured
+    deployed = settings(there.words) if there.release else configured
 
     def line(name: str, flag: applications.Flag) -> Line:
         others = tuple(each for each in groups.get(flag.group, ()) if each != name)
@@ -81,8 +83,8 @@ def compare(target: Target, release: Mapping[str, Any], text: str) -> Flags:
     own = {name: value for name, value in deployed.items() if name not in OWN_FLAGS}
     return Flags(
         target.name,
-        release.get("version") or target.comfyui,
-        release.get("id", ""),
+        there.version or target.comfyui,
+        there.release,
         tuple(line(name, flag) for name, flag in known.items()),
         tuple(
             Difference(name, own.get(name), configured.get(name))

@@ -9,24 +9,19 @@ from urllib.parse import quote
 from agent.api import Endpoint, ask, checked, endpoint, unanswered
 from agent.files import Json
 from agent.layout import Layout
+from agent.schema.live import NodeTypes
 from agent.serve.health import OBJECT_INFO, TYPES
 
 SAVED, EACH, TOTAL = 1_000, 4_000_000, 64_000_000
 """Maximum number of saved workflows to read, and of bytes of one and of all. ComfyUI's templates have up to 0.5 MB."""
 
 
-def node_types(layout: Layout, workflows: bool) -> Json:
-    """Return the node types (`types`) as `/object_info` describes them and, if asked for, the saved workflows by name.
-
-    Raises AgentError without a response. A workflow that cannot be read is None.
-    """
+def node_types(layout: Layout, workflows: bool) -> NodeTypes:
+    """Return the node types and, if asked for, the saved workflows. Raises AgentError without a response."""
     place = endpoint(layout)
     try:
         listed = ask(place, "/object_info", seconds=60, limit=OBJECT_INFO)
-        return {
-            "types": checked("/object_info", listed, _types),
-            "workflows": _workflows(place) if workflows else {},
-        }
+        return NodeTypes(checked("/object_info", listed, _types), _workflows(place) if workflows else {})
     except (OSError, ValueError) as error:
         raise unanswered(place, error) from error
 

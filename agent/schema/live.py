@@ -125,6 +125,31 @@ class Job:
 
 
 @dataclass(frozen=True)
+class CommandLine:
+    """What the flags of the current release are read from."""
+
+    release: str = ""  # its id; empty: nothing is deployed
+    version: str = ""  # of its ComfyUI
+    words: tuple[str, ...] = ()  # its flags, with their values
+    text: str = ""  # ComfyUI's comfy/cli_args.py; empty: it cannot be read
+
+
+@dataclass(frozen=True)
+class NodeTypes:
+    """What workflows need of the running ComfyUI, and the workflows that its users saved."""
+
+    types: dict[str, Any]  # node types, as /object_info describes them
+    workflows: dict[str, Any]  # by name; None: it is too large, or not JSON
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The answer to a change of a secret."""
+
+    kept: str  # "encrypted" or "plain"; empty: removed
+
+
+@dataclass(frozen=True)
 class GpuMemory:
     """Memory in use on a GPU."""
 

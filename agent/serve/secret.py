@@ -11,6 +11,7 @@ from contextlib import suppress
 from agent.files import AgentError, Json, write
 from agent.journal import note_change
 from agent.layout import Layout
+from agent.schema.live import Stored
 
 ENCRYPTED = ".cred"
 """File suffix of encrypted secrets."""
@@ -26,7 +27,7 @@ def secrets(layout: Layout) -> dict[str, str]:
     return found
 
 
-def keep(layout: Layout, request: Json) -> Json:
+def keep(layout: Layout, request: Json) -> Stored:
     """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises AgentError."""
     name, value = str(request["name"]), request["value"]
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
@@ -47,7 +48,7 @@ def keep(layout: Layout, request: Json) -> Json:
             path.unlink(missing_ok=True)
     action = f"{'remove' if value is None else 'set'} secret {name}"
     note_change(layout, action, request["who"])
-    return {"kept": how}
+    return Stored(how)
 
 
 def _encrypted(layout: Layout, name: str, value: bytes) -> bytes:

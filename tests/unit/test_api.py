@@ -345,8 +345,8 @@ def test_node_types_and_saved_workflows(tmp_path: Path) -> None:
     }
     with serving(saved) as port:
         told = node_types.node_types(layout(tmp_path, port), workflows=True)
-    assert told["types"] == {"A": {"input": {"required": {}}, "output": ["IMAGE"], "python_module": "nodes"}}
-    assert told["workflows"] == {
+    assert told.types == {"A": {"input": {"required": {}}, "output": ["IMAGE"], "python_module": "nodes"}}
+    assert told.workflows == {
         "a.json": {"nodes": []},
         "b c/d.json": {"1": {}},
         **dict.fromkeys(("bad.json", "large.json", "gone.json")),
@@ -355,8 +355,8 @@ def test_node_types_and_saved_workflows(tmp_path: Path) -> None:
 
 def test_a_comfyui_without_saved_workflows(tmp_path: Path) -> None:
     with serving({"/object_info": TYPES}) as port:
-        assert node_types.node_types(layout(tmp_path, port), workflows=True)["workflows"] == {}
-        assert node_types.node_types(layout(tmp_path, port), workflows=False)["workflows"] == {}
+        assert node_types.node_types(layout(tmp_path, port), workflows=True).workflows == {}
+        assert node_types.node_types(layout(tmp_path, port), workflows=False).workflows == {}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from agent.processes import wait_for
 from agent.schema.change import CutOver, Delete, Step
+from agent.schema.live import Job
 from core.errors import ConnectError, HostError
 from deploy import aside, connection, host
 from deploy.plan import Options
@@ -40,7 +42,7 @@ class Agent:
     def call(self, verb: str, **values: Any) -> Any:
         if verb == "jobs":
             self.looks += 1
-            return [{"status": "running"}] if self.looks < 3 else [{"status": "success"}]
+            return [asdict(Job("j", "running" if self.looks < 3 else "success", 1))]
         assert verb == "gateway-server"
         self.asked.append(f"{values['host']} {values['state']}")
         assert values["seconds"] > 2 * aside.RENEW

@@ -18,6 +18,7 @@ import pytest
 
 from agent.layout import Layout
 from agent.schema.change import Release
+from agent.schema.live import CommandLine
 from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files, workspace
@@ -399,8 +400,8 @@ vram.add_argument("--lowvram", action="store_true")
 """
 
 
-def release_of(*words: str) -> dict[str, Any]:
-    return {"id": "r1", "version": "0.29.0", "code": "/r/app", "argv": ["/r/python", "/r/app/main.py", *words]}
+def release_of(*words: str) -> CommandLine:
+    return CommandLine("r1", "0.29.0", words, CLI)
 
 
 def test_a_command_line_is_read_as_comfyui_reads_it() -> None:
@@ -434,7 +435,7 @@ def test_flags_show_origin_and_differences(written: Path) -> None:
 
 
 def test_flags_of_a_host_without_a_release_are_those_that_are_configured(written: Path) -> None:
-    found = flags.compare(target(written, "", "cpu"), {}, CLI)
+    found = flags.compare(target(written, "", "cpu"), CommandLine(), CLI)
     assert (found.release, found.differences) == ("", ())
     assert [(each.name, each.origin) for each in found.lines if each.value is not None] == [("--cpu", "profile cpu")]
 
