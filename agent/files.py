@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from agent.schema.decode import decode
+from agent.schema.facts import Report
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -27,7 +28,7 @@ class AgentError(Exception):
     def __init__(self, kind: str, what: str, cause: str = "", hint: str = "") -> None:
         what, cause, hint = (cut(text) for text in (what, cause, hint))  # may contain untrusted text
         super().__init__(what)
-        self.report: Json = {"kind": kind, "what": what, "cause": cause, "hint": hint}
+        self.report: Report = {"kind": kind, "what": what, "cause": cause, "hint": hint}
 
 
 def cut(text: str, limit: int = 10_000) -> str:
@@ -131,7 +132,7 @@ def append(path: Path, line: Json) -> None:
     try:
         size = os.fstat(descriptor).st_size
         torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
-        _write_all(descriptor, b"\n" * bool(torn) + json.dumps(line).encode() + b"\n")
+        _write_all(descriptor, b"\n" * bool(torn) + json.dumps(line, default=vars).encode() + b"\n")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -209,7 +210,7 @@ def read(path: Path, *, lenient: bool = False) -> Json:
         return found
     if lenient:
         return {}
-    raise _damaged(path, "it is not a JSON object")
+    raise damaged(path, "it is not a JSON object")
 
 
 def recorded(path: Path, kind: type[T], *, lenient: bool = False) -> T:
@@ -222,10 +223,11 @@ def recorded(path: Path, kind: type[T], *, lenient: bool = False) -> T:
     except ValueError as error:
         if lenient:
             return kind()
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
 
 
-def _damaged(path: Path, why: str) -> AgentError:
+def damaged(path: Path, why: str) -> AgentError:
+    """Return the error for a damaged record."""
     hint = f"inspect it; if you do not need it, delete it (rm {path}) and run the same command again"
     return AgentError("step", f"{path} is damaged: {why}", "a disk error, or a manual edit", hint)
 

@@ -5,22 +5,38 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from typing import Any, cast
+from dataclasses import replace
+from pathlib import Path
+from typing import Generic, TypeVar, cast
 
-from agent.files import Json, append, read
+from agent.files import Json, append, damaged, record, recorded
 from agent.layout import Layout
 from agent.locks import free
 from agent.requester import asker
+from agent.schema.decode import decode
 from agent.schema.facts import Busy, Ended
+from agent.schema.records import AdoptionChange, Event, Plan, SettingChange
+
+T = TypeVar("T")
+
+
+def pending(layout: Layout) -> Plan:
+    """Return the plan in progress. Raises AgentError if it is damaged."""
+    return recorded(layout.pending, Plan)
+
+
+def note_pending(layout: Layout, plan: Plan) -> None:
+    """Record the plan in progress. Raises OSError."""
+    record(layout.pending, {name: value for name, value in vars(plan).items() if value is not None})
 
 
 def busy(layout: Layout) -> Busy:
     """Return the run in progress; empty if there is none."""
-    plan = read(layout.pending)
-    if not plan:
+    plan = pending(layout)
+    if not plan.run:
         return {}
-    run, who, since, action = (str(plan[key]) for key in ("run", "who", "since", "action"))
-    return {"run": run, "who": who, "since": since, "action": action, "alive": not free(layout.lock)}
+    alive = not free(layout.lock)
+    return {"run": plan.run, "who": plan.who, "since": plan.since, "action": plan.action, "alive": alive}
 
 
 def now() -> str:
@@ -37,47 +53,62 @@ def events(text: str) -> list[Json]:
     return found
 
 
-class Journal:
-    """Events of a run; each line is on disk before the next action."""
+class Lines(Generic[T]):
+    """A file with a line for each event or change, which is on disk before the next action."""
 
-    def __init__(self, layout: Layout, run_id: str) -> None:
-        self.path = layout.state / "runs" / f"{run_id}.jsonl"
+    def __init__(self, path: Path, kind: type[T]) -> None:
+        self.path = path
+        self._kind = kind
 
-    def events(self) -> list[Json]:
-        """Return all events so far; skip a line truncated by a power loss."""
+    def events(self) -> list[T]:
+        """Return all lines so far; skip a line truncated by a power loss. Raises AgentError for others than `kind`."""
         try:
-            return events(self.path.read_text(errors="replace"))
+            return self.decoded(self.path.read_text(errors="replace"))
         except FileNotFoundError:
             return []
 
-    def add(self, event: str, **values: Any) -> None:
-        """Append one event durably. Raises OSError."""
-        append(self.path, {"at": now(), "event": event, **values})
+    def decoded(self, text: str) -> list[T]:
+        """Decode some of its lines, see `events`."""
+        try:
+            return [decode(self._kind, each, lenient=True) for each in events(text)]
+        except ValueError as error:
+            raise damaged(self.path, str(error)) from None
+
+    def add(self, line: T) -> None:
+        """Append one line durably, with the time. Raises OSError."""
+        append(self.path, {**vars(line), "at": now()})
 
 
-class AdoptionJournal(Journal):
-    """Changes of an adoption; each is on disk before it is made. Undo reads them backwards."""
+class Journal(Lines[Event]):
+    """Events of a run."""
+
+    def __init__(self, layout: Layout, run_id: str) -> None:
+        super().__init__(layout.state / "runs" / f"{run_id}.jsonl", Event)
+
+
+class AdoptionJournal(Lines[AdoptionChange]):
+    """Changes of an adoption. Undo reads them backwards."""
 
     def __init__(self, layout: Layout) -> None:
-        self.path = layout.state / "adopted.jsonl"
+        super().__init__(layout.state / "adopted.jsonl", AdoptionChange)
 
 
-class SettingsJournal(Journal):
-    """Requested changes outside the prefix; each is on disk before it is made."""
+class SettingsJournal(Lines[SettingChange]):
+    """Requested changes outside the prefix."""
 
     def __init__(self, layout: Layout) -> None:
-        self.path = layout.state / "settings.jsonl"
+        super().__init__(layout.state / "settings.jsonl", SettingChange)
 
-    def in_force(self) -> dict[str, list[Json]]:
+    def in_force(self) -> dict[str, list[SettingChange]]:
         """Return the changes not undone, by setting, each with its first `old` and latest `new` value."""
-        found: dict[str, dict[tuple[str, str], Json]] = {}
+        found: dict[str, dict[tuple[str, str], SettingChange]] = {}
         for event in self.events():
-            places = found.setdefault(event["setting"], {})
-            key = event["kind"], event["place"]
-            if event["event"] == "undone":
+            places = found.setdefault(event.setting, {})
+            key = event.kind, event.place
+            if event.event == "undone":
                 places.pop(key, None)
             else:
-                places[key] = {**event, "old": places.get(key, event)["old"]}
+                places[key] = replace(event, old=places.get(key, event).old)
         return {name: list(places.values()) for name, places in found.items() if places}
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import grp
-import json
 import os
 import pwd
 import struct
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import AgentError, Json, read, write
+from agent.files import AgentError, Json, read, record
 from agent.schema.decode import decode
+from agent.schema.records import Choice
 from agent.schema.site import Site
 
 
@@ -70,7 +70,7 @@ class Layout:
     def note_manager(self, name: str) -> None:
         """Record the service's manager."""
         with suppress(OSError):  # a full disk must not stop a revert; the unit and `enabled` also show it
-            write(self.choice, json.dumps({"manager": name}))
+            record(self.choice, Choice(name))
 
     def folder(self, name: str) -> Path:
         """Return ComfyUI's models, input, output or user folder."""

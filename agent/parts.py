@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from agent.deletion import remove
-from agent.files import AgentError, read, sha256, sync, write
+from agent.files import AgentError, record, recorded, sha256, sync
 from agent.folders import tree, walk
 from agent.layout import Layout
+from agent.schema.records import SealedPart
 
 
 def stamp(root: Path) -> str:
@@ -197,7 +198,7 @@ def part(layout: Layout, name: str) -> Iterator[Path]:
         size += status.st_size
         if stat.S_ISREG(status.st_mode):
             _seal(fresh / path, 0o555 if status.st_mode & 0o100 else 0o444)
-    write(fresh / "PART.json", json.dumps({"part": name, "bytes": size, "stamp": stamp(fresh)}), 0o444)
+    record(fresh / "PART.json", SealedPart(name, size, stamp(fresh)), 0o444)
     os.sync()
     for folder in tree(fresh):
         _seal(folder, 0o555)
@@ -223,10 +224,10 @@ def _seal(path: Path, mode: int) -> None:
 def damage_of(place: Path) -> str:
     """Return a part's damage; empty if it is intact."""
     try:
-        record = read(place / "PART.json")
-        if not record:
+        sealed = recorded(place / "PART.json", SealedPart)
+        if not sealed.stamp:
             return "it is incomplete"
-        whole = record.get("stamp") == stamp(place)
+        whole = sealed.stamp == stamp(place)
     except (OSError, AgentError) as error:
         return f"it cannot be read: {error}"
     return "" if whole else "it was changed after it was made"

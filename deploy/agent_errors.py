@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from core.errors import BusyError, GateError, HearthError, HostError, UsageError
+
+if TYPE_CHECKING:
+    from agent.schema.facts import Report
 
 _ERRORS: dict[str, tuple[type[HearthError], str]] = {
     "busy": (BusyError, "busy"),
@@ -23,7 +26,7 @@ _ERRORS: dict[str, tuple[type[HearthError], str]] = {
 """The error and its kind for each kind of the agent's errors. All others are steps that failed."""
 
 
-def error_of(report: dict[str, Any]) -> HearthError:
+def error_of(report: Report) -> HearthError:
     """The client's exception for an error report of the agent."""
     error, kind = _ERRORS.get(report["kind"], (HostError, "step-failed"))
     cause = "\n".join([*report["cause"].splitlines(), *(f"| {line}" for line in report.get("log", []))])

@@ -11,7 +11,11 @@ from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from agent.schema.change import Erase, packed
+from agent.schema.records import Event
+from agent.schema.records import Plan as Run
 from core import console, workspace
 from core.errors import ConnectError, GateError, HostError
 from deploy import agent_errors, connection
@@ -158,15 +162,15 @@ def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bo
             steps = upload.pack(steps)
             upload.send()
         run = secrets.token_hex(6)
-        body = {
-            "run": run,
-            "who": f"{getuser()}@{socket.gethostname()}",
-            "action": change.action,
-            "release": plan.release,
-            "base": plan.base,
-            "steps": [packed(step) for step in steps],
-        }
-        agent.call("submit", plan=body)
+        body = Run(
+            run=run,
+            who=f"{getuser()}@{socket.gethostname()}",
+            action=change.action,
+            release=plan.release,
+            base=plan.base,
+            steps=tuple(packed(step) for step in steps),
+        )
+        agent.call("submit", plan=vars(body))
     agent.unpacked = not any(isinstance(step, Erase) for step in steps)
     return follow(agent, run)
 
@@ -174,15 +178,16 @@ def apply(agent: Agent, facts: Facts, plan: Plan, change: Change, *, offline: bo
 def follow(agent: Agent, run: str) -> tuple[str, ...]:
     """Show a run's events until its end and return its notes; raises the run's error."""
     notes: list[str] = []
-    for event in agent.stream("follow", run=run):
-        if event["event"] == "step":
-            console.say(console.line(f"-> {event['title']}"))
-        elif event["event"] == "note":
-            notes.append(event["text"])
-            console.say(console.line(f"   {event['text']}"))
-        elif event["event"] == "end":
-            if event["error"]:
-                raise agent_errors.error_of(event["error"])
+    for line in agent.stream("follow", run=run):
+        event = msgspec.convert(line, Event)
+        if event.event == "step":
+            console.say(console.line(f"-> {event.title}"))
+        elif event.event == "note":
+            notes.append(event.text)
+            console.say(console.line(f"   {event.text}"))
+        elif event.event == "end":
+            if event.error:
+                raise agent_errors.error_of(event.error)
             return tuple(notes)
     raise ConnectError(
         "unreachable",

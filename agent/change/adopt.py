@@ -11,20 +11,20 @@ import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from agent.api import Endpoint
 from agent.change.database import LARGEST
 from agent.deletion import remove
-from agent.files import AgentError, Json, Note, discard, sync
+from agent.files import AgentError, Note, discard, sync
 from agent.folders import LEVELS, opened, tree
 from agent.journal import AdoptionJournal, now
 from agent.layout import DATABASE, SHARING, Layout
 from agent.look.survey import all_processes
 from agent.processes import run
 from agent.schema.change import Adopt, Retire, Unadopt
+from agent.schema.records import AdoptionChange
 from agent.serve.health import drain
 from agent.serve.systemd import UNITS
 
@@ -49,10 +49,10 @@ def retire(layout: Layout, step: Retire, note: Note) -> None:
     """Wait for the old installation's jobs, then stop, disable and set aside its units. Raises AgentError."""
     drain(Endpoint(("127.0.0.1",), step.port), step.drain, step.force, note)
     record = AdoptionJournal(layout)
-    known = {event["unit"]["name"] for event in record.events() if event["event"] == "unit"}
+    known = {event.unit.name for event in record.events() if event.unit}
     for unit in step.units:
         if unit.name not in known:
-            record.add("unit", unit=asdict(unit))
+            record.add(AdoptionChange("unit", unit=unit))
     for unit in step.units:
         if not os.path.lexists(unit.path):
             continue
@@ -102,7 +102,7 @@ def adopt(layout: Layout, step: Adopt, note: Note) -> None:
         note(f"not moved, because data/ has one of that name: {each}")
     if left[20:]:
         note(f"and {len(left) - 20} more")
-    moved = [Path(event["target"]) for event in record.events() if event["event"] == "rename"]
+    moved = [Path(event.target) for event in record.events() if event.event == "rename"]
     owners = {*step.owners, layout.owner()[0]}
     kept = sum(
         _take_tree(layout, each, owners, record) for each in dict.fromkeys(moved) if target in (each, *each.parents)
@@ -125,7 +125,7 @@ def _move_tree(source: Path, target: Path, record: AdoptionJournal) -> list[str]
         with suppress(OSError), opened(there.parent) as place:
             os.rmdir(there.name, dir_fd=place)  # replace an empty folder
         if not os.path.lexists(there):
-            record.add("rename", source=str(here), target=str(there))
+            record.add(AdoptionChange("rename", source=str(here), target=str(there)))
             rename(here, there)
         elif any(each.is_symlink() or not each.is_dir() for each in (here, there)):
             left.append(str(here))
@@ -158,7 +158,7 @@ def _take_entries(
     place: int, folder: Path, names: list[str], owner: tuple[int, int], owners: set[int], record: AdoptionJournal
 ) -> int:
     """Do the same for entries of the open folder `place`. Records their owners and modes first."""
-    changes: list[tuple[list[Any], int]] = []
+    changes: list[tuple[tuple[Any, ...], int]] = []
     left = 0
     for name in names:
         status = os.lstat(name, dir_fd=place)
@@ -168,9 +168,9 @@ def _take_entries(
             continue
         wanted = {stat.S_IFDIR: mode | 0o2770, stat.S_IFREG: mode | 0o660}.get(kind, mode)
         if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (*owner, wanted):
-            changes.append(([name, status.st_uid, status.st_gid, mode, status.st_ino], wanted))
+            changes.append(((name, status.st_uid, status.st_gid, mode, status.st_ino), wanted))
     if changes:
-        record.add("own", folder=str(folder), entries=[before for before, _ in changes])
+        record.add(AdoptionChange("own", folder=str(folder), entries=tuple(before for before, _ in changes)))
     for (name, *_, inode), wanted in changes:
         _set_owner(place, name, *owner, wanted, inode)
     return left
@@ -213,7 +213,7 @@ def _keep_database(layout: Layout, folder: Path, record: AdoptionJournal) -> Non
             what = f"{folder / name} is {status.st_size} bytes, more than ComfyUI's database can have ({LARGEST})"
             raise AgentError("step", what, "", f"inspect it, then move it away: mv {folder / name} …")
         _copy_file(folder, fresh, name)
-    record.add("database", folder=str(folder))
+    record.add(AdoptionChange("database", folder=str(folder)))
     os.sync()
     fresh.rename(kept)
     sync(kept.parent)
@@ -294,28 +294,27 @@ def unadopt(layout: Layout, step: Unadopt, note: Note) -> None:
     sync(layout.state)
 
 
-def _undo(layout: Layout, event: Json) -> None:
+def _undo(layout: Layout, event: AdoptionChange) -> None:
     """Undo one recorded change, if it was carried out."""
-    if event["event"] == "own" and Path(event["folder"]).is_dir():
-        with opened(Path(event["folder"])) as place:
-            for name, user, group, mode, *inode in event["entries"]:
+    if event.event == "own" and Path(event.folder).is_dir():
+        with opened(Path(event.folder)) as place:
+            for name, user, group, mode, *inode in event.entries:
                 with suppress(FileNotFoundError):
                     # Records of older versions have no inode number.
                     same = inode[0] if inode else os.lstat(name, dir_fd=place).st_ino
                     _set_owner(place, name, user, group, mode, same)
                 with suppress(OSError):  # added by a later deploy
                     os.removexattr(f"/proc/self/fd/{place}/{name}", SHARING, follow_symlinks=False)
-    elif event["event"] == "rename" and os.path.lexists(event["target"]):
-        rename(Path(event["target"]), Path(event["source"]))
-    elif event["event"] == "database" and (layout.state / "adopted/database").is_dir():
-        _return_database(layout, Path(event["folder"]))
-    elif event["event"] == "unit":
-        unit = event["unit"]
-        for own in (UNITS / unit["name"], UNITS / f"{unit['name']}.d"):
+    elif event.event == "rename" and os.path.lexists(event.target):
+        rename(Path(event.target), Path(event.source))
+    elif event.event == "database" and (layout.state / "adopted/database").is_dir():
+        _return_database(layout, Path(event.folder))
+    elif unit := event.unit:
+        for own in (UNITS / unit.name, UNITS / f"{unit.name}.d"):
             if not os.path.lexists(own):
                 _copy(layout.state / "adopted" / own.name, own)
         run(["systemctl", "daemon-reload"])
-        if unit["enabled"]:
-            run(["systemctl", "enable", unit["name"]])
-        if unit["active"]:
-            run(["systemctl", "start", unit["name"]])
+        if unit.enabled:
+            run(["systemctl", "enable", unit.name])
+        if unit.active:
+            run(["systemctl", "start", unit.name])

@@ -38,15 +38,19 @@ from agent.files import (
     link,
     os_error,
     read,
+    recorded,
     retried,
     sync,
     write,
 )
+from agent.journal import pending
 from agent.layout import Layout
 from agent.look.storage import databases
 from agent.parts import as_service
 from agent.processes import wait_for
 from agent.schema.change import CutOver
+from agent.schema.facts import Report
+from agent.schema.records import Proven
 from agent.serve.health import clearer, drain, first_answer, gate, report_changed_types
 from agent.serve.managers import last_words, manager_of
 from agent.serve.proofs import Prover
@@ -60,14 +64,14 @@ def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
 
     Raises AgentError if the new release is not in service.
     """
-    run = str(read(layout.pending)["run"])
+    run = pending(layout).run
     record = read(layout.cut)
     if record.get("run") != run:
         record = {"run": run, "phase": "planned", "from": layout.release(), "to": step.to, "tried": False}
     Cutover(layout, step, record, note).carry_on()
 
 
-def abandon(layout: Layout, run: str, report: Json, note: Note) -> Json:
+def abandon(layout: Layout, run: str, report: Report, note: Note) -> Report:
     """Abort a run's cut-over, if any: revert the switch and start nothing. Return the final report; `report` is the
     reason for the abort."""
     record = read(layout.cut)
@@ -138,7 +142,7 @@ class Cutover:
             self.revert(report)
         if not self.record.get("proved"):
             places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
-            old, new = (read(place, lenient=True) for place in places)
+            old, new = (recorded(place, Proven, lenient=True) for place in places)
             report_changed_types(old, new, self.note)
 
     def prepare(self) -> None:
@@ -228,7 +232,7 @@ class Cutover:
                 "step", what, f"waited for {MOUNTS_SECONDS} s", "mount it there, then run the same command again"
             )
 
-    def revert(self, report: Json) -> NoReturn:
+    def revert(self, report: Report) -> NoReturn:
         """Restore the previous release; always raise the AgentError that caused the revert.
 
         Each action is retried. Actions that need no disk space come first.
@@ -293,7 +297,7 @@ class Cutover:
         elif self.layout.release() != self.record["from"]:
             link(self.layout.current, f"releases/{self.record['from']}")
 
-    def reverted(self, report: Json, back: str, failures: list[str]) -> AgentError:
+    def reverted(self, report: Report, back: str, failures: list[str]) -> AgentError:
         """Record and return the AgentError of a revert."""
         what = f"release {self.record['to']} is not healthy"
         if failures:
@@ -314,7 +318,7 @@ RESERVE = "reserve"
 """A file to delete when the disk is full, to free space for the record of a run's result."""
 
 
-def _raised(report: Json) -> AgentError:
+def _raised(report: Report) -> AgentError:
     error = AgentError(report["kind"], report["what"], report["cause"], report["hint"])
     error.report = report
     return error

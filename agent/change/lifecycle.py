@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -15,8 +14,8 @@ from agent.api import endpoint
 from agent.change.exporter import put as put_exporter
 from agent.change.gateway import put as put_gateway
 from agent.deletion import SafeDeleter
-from agent.files import AgentError, Note, discard, read, read_text, write
-from agent.journal import Journal, now
+from agent.files import AgentError, Note, discard, read_text, record
+from agent.journal import Journal, now, pending
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import run, started
@@ -32,7 +31,9 @@ from agent.schema.change import (
     Stop,
     Withdraw,
 )
+from agent.schema.facts import Paused
 from agent.schema.installed import InstalledExporter, InstalledGateway
+from agent.schema.records import Event
 from agent.serve.health import drain, first_answer
 from agent.serve.managers import Manager, last_words, manager_of
 from agent.serve.systemd import UNITS, Systemd, entries
@@ -46,7 +47,7 @@ def stop(layout: Layout, step: Stop, note: Note) -> None:
     manager = manager_of(layout)
     await_jobs(layout, manager, step, note)
     if step.pause:
-        write(layout.paused, json.dumps({"who": read(layout.pending)["who"], "at": now()}))
+        record(layout.paused, Paused(who=pending(layout).who, at=now()))
         manager.disable()
     halt(layout, manager, force=step.force)
 
@@ -233,7 +234,7 @@ def finish_erase(layout: Layout, journal: Journal) -> None:
         with suppress(FileNotFoundError):
             (layout.state / "agents").rename(agents)
             sweep.delete(agents)
-        journal.add("end", result="done", error={}, erases=True)
+        journal.add(Event("end", result="done", erases=True))
         sweep.delete(layout.state)
         os.sync()
     with suppress(OSError):  # it still contains the data or foreign files

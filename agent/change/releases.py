@@ -12,7 +12,7 @@ from agent.change.database import forget
 from agent.deletion import remove
 from agent.files import Note, link, read, write
 from agent.install import prune as prune_agents
-from agent.journal import history
+from agent.journal import history, pending
 from agent.layout import Layout
 from agent.locks import free
 from agent.schema.change import Prune, Release, Serve
@@ -60,15 +60,15 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
             remove(path)
             if path.name.startswith("env-"):  # uv's cache holds the same packages, several unneeded GB
                 shutil.rmtree(layout.state / "cache", ignore_errors=True)
-    plan = read(layout.pending)
-    used, old = json.dumps(plan), 24 * 3600  # seconds; newer blobs may belong to another client's next plan
+    plan = pending(layout)
+    used, old = json.dumps(plan.steps), 24 * 3600  # seconds; newer blobs may belong to another client's next plan
     for path in layout.incoming.glob("*"):
         with suppress(FileNotFoundError):
             needless = path.name.partition(".")[0] in used or abs(time.time() - path.stat().st_mtime) > old
             if needless and free(path):
                 path.unlink()
     prune_agents(layout)
-    journals = {line["run"] for line in history(layout)[-JOURNALS:]} | {plan.get("run")}
+    journals = {line["run"] for line in history(layout)[-JOURNALS:]} | {plan.run}
     for path in (layout.state / "runs").glob("*.jsonl"):
         if path.stem not in journals:
             path.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from io import BufferedReader
 from typing import IO, Any, cast
 
@@ -46,7 +46,6 @@ from agent.files import (
     append,
     cut,
     os_error,
-    read,
     record,
     remove_drafts,
     retried,
@@ -55,12 +54,15 @@ from agent.files import (
     write,
 )
 from agent.install import install
-from agent.journal import Journal, busy, events, history, now
+from agent.journal import Journal, busy, history, note_pending, now, pending
 from agent.layout import Layout
 from agent.locks import flock, free, holders
 from agent.processes import end_with_programs, wait_for
 from agent.requester import asker
 from agent.schema.change import Base, CutOver, Env, Release, Step, Stop, Tree, unpacked
+from agent.schema.decode import decode
+from agent.schema.facts import Report
+from agent.schema.records import Event, Plan
 from agent.serve.managers import manager_of
 from agent.serve.systemd import Systemd
 
@@ -100,7 +102,7 @@ STEPS: dict[str, Callable[[Layout, Any, Note], None]] = {
 }
 
 
-def submit(layout: Layout, plan: Json) -> Json:
+def submit(layout: Layout, request: Json) -> None:
     """Accept a plan and start applying it. Raises AgentError if another run is in progress or the host has changed.
 
     A plan with a forced stop aborts the run in progress instead.
@@ -108,14 +110,15 @@ def submit(layout: Layout, plan: Json) -> Json:
     for folder in (layout.prefix, layout.state):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        steps = [unpacked(each) for each in plan["steps"]]
+        plan = decode(Plan, request)
+        steps = [unpacked(each) for each in plan.steps]
     except ValueError as error:
         raise AgentError("usage", "the plan has a step that this agent does not support", str(error)) from error
     with flock(layout.state / "submit.lock", wait=SUBMIT_SECONDS):  # held briefly: the first client submits its plan
         ends = any(isinstance(step, Stop) and step.force for step in steps)
         other = busy(layout)
         if other and ends:
-            _abort(layout, f"{plan['action']} by {plan['who']}")
+            _abort(layout, f"{plan.action} by {plan.who}")
         elif other:
             if not other["alive"]:
                 manager_of(layout).start_apply()  # the applying process was killed and not restarted
@@ -125,18 +128,16 @@ def submit(layout: Layout, plan: Json) -> Json:
                 "",
                 "follow it with inv attach, then run the same command again",
             )
-        elif layout.release() != plan["base"] or _missing(layout, steps):
+        elif layout.release() != plan.base or _missing(layout, steps):
             raise AgentError("busy", "the host was changed since the plan was made", "", "run the same command again")
         record(layout.state / "site.json", layout.site)
         install(layout)
         write(layout.state / RESERVE, bytes(RESERVED))
-        plan |= asker(plan["who"])
-        Journal(layout, plan["run"]).add(
-            "begin", who=plan["who"], key=plan["key"], action=plan["action"], release=plan["release"]
-        )
-        write(layout.pending, json.dumps({**plan, "since": now()}))
+        plan = replace(plan, **asker(plan.who), since=now())
+        begin = Event("begin", who=plan.who, key=plan.key, action=plan.action, release=plan.release)
+        Journal(layout, plan.run).add(begin)
+        note_pending(layout, plan)
         manager_of(layout).start_apply()
-    return {"run": plan["run"]}
 
 
 def _abort(layout: Layout, why: str) -> None:
@@ -144,8 +145,8 @@ def _abort(layout: Layout, why: str) -> None:
 
     Reverts its switch and starts nothing. If this process is killed, the next apply() resumes the abort.
     """
-    plan, manager = read(layout.pending), manager_of(layout)
-    write(layout.pending, json.dumps({**plan, "aborted": why}))
+    manager = manager_of(layout)
+    note_pending(layout, replace(pending(layout), aborted=why))
     if isinstance(manager, Systemd):  # else systemd restarts the killed process
         subprocess.run([*manager.ctl, "stop", manager.apply_unit], capture_output=True)
     for pid in holders(layout.lock):
@@ -183,31 +184,31 @@ def apply(layout: Layout) -> None:
     Raises OSError if the disk accepts no writes; the plan then stays pending.
     """
     with flock(layout.lock):
-        plan = read(layout.pending)
-        if not plan:
+        plan = pending(layout)
+        if not plan.run:
             _clear(layout)
             manager_of(layout).start_missed()
             return
-        journal = Journal(layout, plan["run"])
-        if "result" not in plan:
-            error = _abandon(layout, plan, journal) if "aborted" in plan else _carry_out(layout, plan, journal)
-            if not error and plan["steps"][-1]["kind"] == "erase":
+        journal = Journal(layout, plan.run)
+        if plan.result is None:
+            error = _carry_out(layout, plan, journal) if plan.aborted is None else _abandon(layout, plan, journal)
+            if not error and plan.steps[-1]["kind"] == "erase":
                 finish_erase(layout, journal)
                 return
-            plan |= {"result": error.get("result", "failed") if error else "done", "error": error}
+            plan = replace(plan, result=error.get("result", "failed") if error else "done", error=error)
             _record(layout, plan)
         _end(layout, plan, journal)
 
 
-def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
+def _carry_out(layout: Layout, plan: Plan, journal: Journal) -> Report:
     """Run the remaining steps; return the report of the AgentError that ended them, or an empty one."""
-    done = {event["step"] for event in journal.events() if event["event"] == "done"}
+    done = {event.step for event in journal.events() if event.event == "done"}
     note = _noting(journal)
-    for number, step in enumerate(plan["steps"]):
+    for number, step in enumerate(plan.steps):
         if number in done:
             continue
         try:
-            journal.add("step", step=number, title=step["title"])
+            journal.add(Event("step", step=number, title=step["title"]))
             STEPS[step["kind"]](layout, unpacked(step), note)
         except AgentError as error:
             return error.report
@@ -217,19 +218,19 @@ def _carry_out(layout: Layout, plan: Json, journal: Journal) -> Json:
             what = f"could not {step['title']}: internal error in Hearth"
             return AgentError("step", what, repr(error), f"please report it with {journal.path}").report
         try:
-            journal.add("done", step=number)
+            journal.add(Event("done", step=number))
         except OSError as error:
             return os_error(error, f"{step['title']}: done, but not recorded").report
     return {}
 
 
-def _abandon(layout: Layout, plan: Json, journal: Journal) -> Json:
+def _abandon(layout: Layout, plan: Plan, journal: Journal) -> Report:
     """End a run that a forced stop has aborted; return its report."""
     report = AgentError(
-        "step", f"aborted by {plan['aborted']}", "", "wait for its end, then run the same command again"
+        "step", f"aborted by {plan.aborted}", "", "wait for its end, then run the same command again"
     ).report
     try:
-        return abandon(layout, plan["run"], report, _noting(journal))
+        return abandon(layout, plan.run, report, _noting(journal))
     except (AgentError, OSError) as error:
         return AgentError(
             "step", report["what"], f"its changes could not be undone: {error}", "inv doctor shows the host's state"
@@ -244,7 +245,7 @@ def _noting(journal: Journal) -> Note:
         left -= 1
         with suppress(OSError):  # a failed note must not stop a step, least of all a revert
             if left >= 0:
-                journal.add("note", text=cut(text, 2000) if left else "further notes are omitted")
+                journal.add(Event("note", text=cut(text, 2000) if left else "further notes are omitted"))
 
     return note
 
@@ -253,35 +254,36 @@ NOTES = 1000
 """Maximum number of notes per run: a custom node may control their content."""
 
 
-def _record(layout: Layout, plan: Json) -> None:
+def _record(layout: Layout, plan: Plan) -> None:
     """Record the result in the plan before deleting anything that the run needs.
 
     If the disk lacks even that space, delete the plan, which also ends the run.
     """
+    ended = replace(plan, steps=())
     try:
-        retried(lambda: write(layout.pending, json.dumps({**plan, "steps": []})))
+        retried(lambda: note_pending(layout, ended))
     except OSError:
         (layout.state / RESERVE).unlink(missing_ok=True)
         try:
-            write(layout.pending, json.dumps({**plan, "steps": []}))
+            note_pending(layout, ended)
         except OSError:
             retried(lambda: layout.pending.unlink(missing_ok=True))
 
 
-def _end(layout: Layout, plan: Json, journal: Journal) -> None:
+def _end(layout: Layout, plan: Plan, journal: Journal) -> None:
     """Record the result of a run once and delete its files; the plan last, so that the next apply() can resume."""
     names = ("run", "who", "key", "action", "release", "base")
-    asked: Json = {name: plan.get(name, "") for name in names}
-    line: Json = {"at": now(), "result": plan["result"], **asked, "error": plan["error"].get("what", "")}
+    asked: Json = {name: getattr(plan, name) for name in names}
+    line: Json = {"at": now(), "result": plan.result, **asked, "error": plan.error.get("what", "")}
     (layout.state / RESERVE).unlink(missing_ok=True)
     with suppress(OSError):  # a full disk must not keep the run from ending
-        if not any(each.get("run") == plan["run"] for each in history(layout)):
+        if not any(each.get("run") == plan.run for each in history(layout)):
             append(layout.history, line)
     with suppress(OSError):
-        if not any(event["event"] == "end" for event in journal.events()):
-            journal.add("end", result=plan["result"], error=plan["error"])
-    if not plan["error"].get("kept"):
-        settle_database(layout, plan["run"])
+        if not any(event.event == "end" for event in journal.events()):
+            journal.add(Event("end", result=plan.result or "", error=plan.error))
+    if not plan.error.get("kept"):
+        settle_database(layout, plan.run)
     _clear(layout)
     retried(lambda: layout.pending.unlink(missing_ok=True))
 
@@ -296,28 +298,28 @@ def _clear(layout: Layout) -> None:
         trial_of(layout, manager_of(layout)).clear()
 
 
-def follow(layout: Layout, run_id: str) -> Iterator[Json]:
+def follow(layout: Layout, run_id: str) -> Iterator[Event]:
     """Yield the events of a run up to its end. The journal stays open: a run may end by deleting it.
 
     Raises AgentError.
     """
-    journal = Journal(layout, run_id).path
+    journal = Journal(layout, run_id)
     rest, quiet, gone, idle = b"", 0.0, False, 0
     with ExitStack() as stack:
         held: IO[bytes] | None = None
         while True:
             with suppress(FileNotFoundError):
-                held = held or stack.enter_context(journal.open("rb"))
+                held = held or stack.enter_context(journal.path.open("rb"))
             if held is None and not layout.state.exists():
-                yield {"event": "end", "result": "done", "error": {}}  # the run has deleted the state itself
+                yield Event("end", result="done")  # the run has deleted the state itself
                 return
             whole, _, rest = (rest + held.read() if held is not None else b"").rpartition(b"\n")
-            fresh = events(whole.decode(errors="replace"))
+            fresh = journal.decoded(whole.decode(errors="replace"))
             end = time.monotonic() + 30
-            while any(event.get("erases") for event in fresh) and layout.state.exists() and time.monotonic() < end:
+            while any(event.erases for event in fresh) and layout.state.exists() and time.monotonic() < end:
                 time.sleep(0.02)
             yield from fresh
-            if any(event["event"] == "end" for event in fresh):
+            if any(event.event == "end" for event in fresh):
                 return
             if gone:
                 raise AgentError(
@@ -328,7 +330,7 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
                 )
             quiet = 0.0 if fresh else quiet + 0.1
             if quiet > 10:
-                gone = read(layout.pending).get("run") != run_id  # read once more: its last line may be new
+                gone = pending(layout).run != run_id  # read once more: its last line may be new
                 idle = idle + 1 if not gone and free(layout.lock) else 0
                 if idle > 3:
                     hint = "fix the error in the log above, then run inv attach, which resumes the run"
@@ -338,7 +340,7 @@ def follow(layout: Layout, run_id: str) -> Iterator[Json]:
                     raise error
                 if idle:
                     manager_of(layout).start_apply()
-                yield {"event": "alive"}  # keeps the connection alive
+                yield Event("alive")  # keeps the connection alive
                 quiet = 0.0
             time.sleep(0.1)
 

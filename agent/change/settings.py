@@ -29,6 +29,7 @@ from agent.layout import Layout
 from agent.look.accounts import group_name
 from agent.processes import run
 from agent.schema.change import Set, Unset
+from agent.schema.records import SettingChange
 from agent.schema.settings import Applied, Seen, State
 from agent.serve.managers import manager_of
 from agent.serve.systemd import QUADLETS, UNITS
@@ -157,7 +158,7 @@ def seen(files: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> tuple
 def look(layout: Layout, request: Json) -> State:
     """Return the changes in force and the state of the requested `settings`, by name."""
     applied = {
-        name: tuple(Applied(each["kind"], each["place"], each["old"], each["new"]) for each in listed)
+        name: tuple(Applied(each.kind, each.place, each.old, each.new) for each in listed)
         for name, listed in SettingsJournal(layout).in_force().items()
     }
     return State(applied, {name: seen(each["files"], each["groups"]) for name, each in request["settings"].items()})
@@ -190,14 +191,14 @@ def apply_setting(layout: Layout, step: Set, note: Note) -> None:
 
 def _apply(layout: Layout, step: Set) -> None:
     record = SettingsJournal(layout)
-    known = {(each["kind"], each["place"]): each["new"] for each in record.in_force().get(step.setting, [])}
+    known = {(each.kind, each.place): each.new for each in record.in_force().get(step.setting, [])}
     for kind, place, wanted in _changes(step.files, step.groups):
         read, put = KINDS[kind]
         now = read(place)
         if now == wanted:
             continue
         if known.get((kind, place)) != wanted:
-            record.add("change", setting=step.setting, kind=kind, place=place, old=now, new=wanted)
+            record.add(SettingChange(kind, place, now, wanted, step.setting))
         put(place, wanted)
 
 
@@ -221,7 +222,7 @@ def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
     record = SettingsJournal(layout)
     kept: list[str] = []
     for change in reversed(record.in_force().get(setting, [])):
-        kind, place, old, new = (change[key] for key in ("kind", "place", "old", "new"))
+        kind, place, old, new = change.kind, change.place, change.old, change.new
         read, put = KINDS[kind]
         try:
             now = read(place)
@@ -236,7 +237,7 @@ def _undo(layout: Layout, setting: str, *, force: bool) -> list[str]:
         except (AgentError, OSError) as error:
             kept.append(f"{place}: {error}")
             continue
-        record.add("undone", setting=setting, kind=kind, place=place)
+        record.add(SettingChange(kind, place, setting=setting, event="undone"))
     return kept
 
 

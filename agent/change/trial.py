@@ -22,7 +22,7 @@ from typing import Any
 
 from agent.api import Endpoint
 from agent.deletion import SafeDeleter
-from agent.files import AgentError, Json, Note, link, meminfo, read, read_some, regular, write
+from agent.files import AgentError, Json, Note, link, meminfo, read_some, recorded, regular, write
 from agent.folders import branches, inside
 from agent.layout import DATA, Layout
 from agent.look.gpu import gpus
@@ -31,6 +31,7 @@ from agent.parts import as_service, drop_root
 from agent.processes import end_descendants, logged, run, take_orphans, wait_for
 from agent.schema.change import COMPARED, CutOver, Proof
 from agent.schema.facts import Service
+from agent.schema.records import Proven
 from agent.serve.health import first_answer, prove, report_changed_types
 from agent.serve.managers import Manager
 from agent.serve.proofs import EXAMINE_SECONDS, OutOfMemoryError, Prover
@@ -105,7 +106,7 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step:
     finally:
         trial.clear()
     if times is not None:  # otherwise the gate reports them
-        report_changed_types(read(layout.releases / current / "proven", lenient=True), proof, note)
+        report_changed_types(recorded(layout.releases / current / "proven", Proven, lenient=True), proof, note)
     if times and current not in ("", release["id"]):
         _compare(layout, manager, step.proofs, times, note)
     return times is not None

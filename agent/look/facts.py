@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import socket
@@ -13,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from agent.files import AgentError, Json, read, read_text, write
+from agent.files import AgentError, Json, read, read_text, record, recorded
 from agent.folders import mounts
 from agent.journal import DEPLOYS, AdoptionJournal, SettingsJournal, busy, history, last
 from agent.layout import DATA, Layout
@@ -27,6 +26,7 @@ from agent.look.storage import databases, folder_problem, free_bytes, mount_stat
 from agent.parts import damages_of, forked
 from agent.schema.facts import Ended, Facts, Paused, Report, Service
 from agent.schema.live import GpuState
+from agent.schema.records import Proven
 from agent.serve.confine import abi as landlock
 from agent.serve.managers import manager_of
 from agent.serve.secret import secrets
@@ -118,7 +118,7 @@ def _releases(layout: Layout) -> Json:
     try:
         current = layout.release()
     except AgentError as error:
-        problem = cast("Report", error.report)
+        problem = error.report
     manifests = [
         found for path in sorted(layout.releases.glob("*/release.json")) if (found := read(path, lenient=True))
     ]
@@ -130,7 +130,7 @@ def _releases(layout: Layout) -> Json:
         "altered": tuple(each["id"] for each in manifests if altered(layout, each)),
         "proven": tuple(_proven(layout, runs)),
         "databases": databases(layout),
-        "failed_nodes": read(layout.releases / current / "proven", lenient=True).get("failed_nodes", {}),
+        "failed_nodes": recorded(layout.releases / current / "proven", Proven, lenient=True).failed_nodes,
         "incoming": {path.name: path.stat().st_size for path in layout.incoming.glob("*") if path.is_file()},
         "tools": tuple(sorted(path.name for path in (layout.state / "tools").glob("[!.]*"))),
         "busy": busy(layout),
@@ -185,7 +185,8 @@ def check_folders_respond(layout: Layout, ask: Json, seconds: float) -> None:
 def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
     """Start verifying the parts; the returned function waits, returns each part's damage, and caches intact parts."""
     note = layout.state / "verified.json"
-    known = {name: at for name, at in read(note, lenient=True).items() if 0 <= time.time() - at < verified}
+    verified_at = recorded(note, dict[str, float], lenient=True)
+    known = {name: at for name, at in verified_at.items() if 0 <= time.time() - at < verified}
     begun = time.time()
     names = [path.name for path in sorted(layout.parts.glob("[!.]*"))]
     asked = [layout.parts / name for name in names if name not in known]
@@ -196,7 +197,7 @@ def _parts(layout: Layout, verified: float) -> Callable[[], dict[str, str]]:
         if asked and layout.state.is_dir():
             with suppress(OSError):  # only a cache
                 whole = {name: known.get(name, begun) for name, error in found.items() if not error}
-                write(note, json.dumps(whole))
+                record(note, whole)
         return found
 
     return answer

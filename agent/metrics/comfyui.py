@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
@@ -14,8 +13,9 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from agent.api import Endpoint, ask, seconds_of
-from agent.files import Json, read, write
+from agent.files import Json, record, recorded
 from agent.layout import PROOF
+from agent.schema.records import JobCounts
 
 PATIENCE = 1.5
 """Time limit for a response of ComfyUI in seconds, less than a scrape's."""
@@ -85,14 +85,14 @@ class Jobs:
         self._client = client
         self._file = file
         self._lock = Lock()
-        kept = read(file, lenient=True)
-        if kept.get("bounds") != list(BUCKETS):
-            kept = {}
+        kept = recorded(file, JobCounts, lenient=True)
+        same = kept.bounds == BUCKETS
+        kept = kept if same else JobCounts()
         # Job ids, oldest first. None: no file yet, so do not count earlier jobs.
-        self._known: dict[str, None] | None = dict.fromkeys(kept["known"]) if kept else None
-        self._results: dict[str, int] = {"done": 0, "failed": 0, "interrupted": 0, **kept.get("results", {})}
-        self._counts: list[int] = kept.get("counts") or [0] * (len(BUCKETS) + 1)
-        self._seconds = float(kept.get("seconds", 0))
+        self._known: dict[str, None] | None = dict.fromkeys(kept.known) if same else None
+        self._results = {"done": 0, "failed": 0, "interrupted": 0, **kept.results}
+        self._counts = [*kept.counts] or [0] * (len(BUCKETS) + 1)
+        self._seconds = kept.seconds
 
     def look(self) -> Iterable[Metric]:
         """Count the jobs that ended since the last call and return the counts. Raises like `Client.get`."""
@@ -145,15 +145,9 @@ class Jobs:
             self._results["interrupted" if "execution_interrupted" in messages else "failed"] += 1
 
     def _keep(self) -> None:
-        kept = {
-            "known": list(self._known or ()),
-            "results": self._results,
-            "bounds": BUCKETS,
-            "counts": self._counts,
-            "seconds": self._seconds,
-        }
+        kept = JobCounts(BUCKETS, tuple(self._known or ()), self._results, tuple(self._counts), self._seconds)
         try:
-            write(self._file, json.dumps(kept))
+            record(self._file, kept)
         except OSError as error:  # full disk: the counts stay correct in this process
             print(f"jobs: the counts could not be stored: {error}", file=sys.stderr, flush=True)
 

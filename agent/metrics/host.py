@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from agent.files import AgentError, meminfo, read
+from agent.files import AgentError, meminfo, read, recorded
 from agent.journal import DEPLOYS, history, last
 from agent.layout import Layout
 from agent.look.gpu import Nvml
+from agent.schema.records import Proven
 from agent.serve.systemd import Systemd
 
 Metrics = Iterable[Metric]
@@ -60,7 +61,7 @@ class Release:
             "hearth_gate_success", "Whether the current release has passed its health gate.", value=passed
         )
         if passed:
-            at = self._kept.get(proven, lambda path: _seconds(read(path)["at"]))
+            at = self._kept.get(proven, lambda path: _seconds(recorded(path, Proven).at))
             name = "hearth_gate_timestamp_seconds"
             yield GaugeMetricFamily(name, "When the current release last passed its health gate.", value=at)
 

@@ -22,8 +22,8 @@ class Applied:
 
     kind: str
     place: str
-    old: str | None
-    new: str
+    old: str | None = None  # None: there was no such file or group
+    new: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Collection
@@ -12,12 +11,13 @@ from typing import Any, Protocol, cast
 
 from agent.api import LIMIT, Endpoint, ask, checked, endpoint, printable, queue, system_stats, unload
 from agent.deletion import remove
-from agent.files import AgentError, Json, Note, write
+from agent.files import AgentError, Json, Note, record
 from agent.journal import now
 from agent.layout import PROOF, Layout
 from agent.parts import as_service
 from agent.processes import LINE, LOG_BYTES
 from agent.schema.facts import Service
+from agent.schema.records import Proven
 
 
 class Process(Protocol):
@@ -89,7 +89,7 @@ def gate(
     """
     proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
     further()
-    write(layout.releases / release["id"] / "proven", json.dumps(proof))
+    record(layout.releases / release["id"] / "proven", proof)
 
 
 TYPES = 20_000
@@ -118,12 +118,10 @@ def prove(
     command: list[str],
     note: Note,
     clear: Callable[[], None],
-) -> Json:
+) -> Proven:
     """Prove that ComfyUI responds, is the expected release, and generates pictures. Raises AgentError.
 
-    `command` is the command that started it; `clear` deletes the pictures. Returns the time (`at`), the node types
-    with their modules (`types`), former types with those that ComfyUI uses for them (`replaced`), and the nodes that
-    failed to import with their reasons (`failed_nodes`).
+    `command` is the command that started it; `clear` deletes the pictures.
     """
     wanted = release["gate"]
     started = time.monotonic()
@@ -148,7 +146,7 @@ def prove(
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
         _picture(place, process, turn, clear, note)
     types = _node_types(place)
-    return {"at": now(), "failed_nodes": failed, "types": types, "replaced": _replacements(place, types)}
+    return Proven(now(), failed, types, _replacements(place, types))
 
 
 def _check_stats(stats: Json, wanted: Json, argv: list[str]) -> None:
@@ -236,13 +234,13 @@ def _failed_nodes(lines: list[str], known: Collection[str] = ()) -> dict[str, st
     return {name: reasons.get(name, why) for name, why in failed.items() if name in known}
 
 
-def report_changed_types(old: Json, new: Json, note: Note) -> None:
+def report_changed_types(before: Proven, after: Proven, note: Note) -> None:
     """Report node types that disappeared since the previous release or now come from another node: workflows use them.
 
-    `old` and `new` are results of `prove` (empty: unknown). If two nodes define the same type, ComfyUI silently uses
+    Without types they are unknown. If two nodes define the same type, ComfyUI silently uses
     the one loaded last.
     """
-    replaced, old, new = new.get("replaced", {}), old.get("types", {}), new.get("types", {})
+    replaced, old, new = after.replaced, before.types, after.types
     gone = sorted(set(old) - set(new) - set(replaced))
     others = [f"{name} ({replaced[name]})" for name in sorted(set(old) & set(replaced) - set(new))]
     moved = [

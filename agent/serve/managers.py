@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from agent.files import AgentError, Json, read
+from agent.files import AgentError, Json, recorded
 from agent.layout import Layout
 from agent.schema.facts import Process
 from agent.schema.live import GpuState
+from agent.schema.records import Choice
 from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login, user_systemd
 
@@ -24,7 +25,7 @@ def manager_of(layout: Layout) -> Manager:
     systemd, supervised = Systemd(layout), Supervised(layout)
     if layout.scope == "system":
         return systemd
-    name = read(layout.choice).get("manager")
+    name = recorded(layout.choice, Choice).manager
     if not name:  # not installed, or by an older version without this record
         lingers = Path("/var/lib/systemd/linger", login()).exists()
         placed = any(systemd.place(each).is_symlink() for each in (systemd.unit, systemd.container))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -11,12 +10,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import AgentError, Json, discard, read, read_some, write
+from agent.files import AgentError, discard, read_some, record, recorded, write
 from agent.journal import now
 from agent.layout import Layout
 from agent.locks import free
 from agent.processes import LINE, LOG_BYTES, started, wait_for
 from agent.schema.facts import Service
+from agent.schema.records import Supervision
 
 LONG = 10_000_000
 """Log size in bytes above which the next start rotates the log."""
@@ -39,16 +39,16 @@ class Supervised:
     def status(self) -> Service:
         """Return the state of the service. Raises AgentError."""
         running = not free(self.lock)
-        record = read(self.record) if running else {}
+        found = recorded(self.record, Supervision) if running else Supervision()
         return Service(
             active=running,
             waits=False,  # the supervisor waits for mounts, and it is active
             state="active (supervised)" if running else "inactive (no supervisor)",
             enabled=self.enabled.exists(),
             linked=True,
-            restarts=record.get("restarts", 0),
-            since=record.get("since", ""),
-            pid=_recorded(record, "child"),
+            restarts=found.restarts,
+            since=found.since,
+            pid=_child(found),
         )
 
     def install(self) -> None:
@@ -86,8 +86,8 @@ class Supervised:
         if free(self.lock):
             return
         # A supervisor that has just started needs a moment to write its record.
-        wait_for(lambda: free(self.lock) or _recorded(read(self.record), "pid") != 0, 5)
-        pid = _recorded(read(self.record), "pid")
+        wait_for(lambda: free(self.lock) or _supervisor(recorded(self.record, Supervision)) != 0, 5)
+        pid = _supervisor(recorded(self.record, Supervision))
         if pid:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -106,7 +106,7 @@ class Supervised:
 
     def log(self, lines: int) -> list[str]:
         """Return the last lines of the service's current or most recent run."""
-        return end_of(self.output, lines, int(read(self.record, lenient=True).get("offset", 0)))
+        return end_of(self.output, lines, recorded(self.record, Supervision, lenient=True).offset)
 
     def timed_log(self, lines: int) -> list[tuple[float | None, str]]:
         """Return the last lines, across runs; the log file has no times."""
@@ -130,10 +130,9 @@ class Supervised:
         if offset is None:
             offset = self.output.stat().st_size if self.output.exists() else 0
         pid = os.getpid()
-        record = {"pid": pid, "pid_started": started(pid), "child": child, "child_started": started(child)}
-        record |= {"restarts": restarts, "since": now(), "offset": offset}
+        found = Supervision(pid, started(pid), child, started(child), restarts, now(), offset)
         with suppress(OSError):  # a full disk must not end the supervisor
-            write(self.record, json.dumps(record))
+            record(self.record, found)
 
     def note_log_offset(self) -> None:
         """Record the log's size and the time every five seconds while it grows: ComfyUI's lines have no times."""
@@ -153,14 +152,23 @@ class Supervised:
         return read_some(agent_log(self.layout)).decode(errors="replace").splitlines()[-12:]
 
 
-def _recorded(record: Json, name: str) -> int:
+def _supervisor(found: Supervision) -> int:
+    """Return the pid of the supervisor if it is running, else 0."""
+    return _running(found, found.pid, found.pid_started)
+
+
+def _child(found: Supervision) -> int:
+    """Return the pid of its ComfyUI if it is running, else 0."""
+    return _running(found, found.child, found.child_started)
+
+
+def _running(found: Supervision, pid: int, begun: str | None) -> int:
     """Return the pid of a recorded process if it is running, else 0. Compares start times, since pids are reused."""
-    pid = int(record.get(name, 0))
     since = started(pid)
-    if f"{name}_started" in record:
-        return pid if since and since == record[f"{name}_started"] else 0
+    if begun is not None:
+        return pid if since and since == begun else 0
     # Supervisors of older versions, which keep running after an update, recorded no start times.
-    ours = b"supervise" in read_some(Path(f"/proc/{record.get('pid', 0)}/cmdline"))
+    ours = b"supervise" in read_some(Path(f"/proc/{found.pid}/cmdline"))
     return pid if since and ours else 0
 
 

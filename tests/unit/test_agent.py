@@ -30,6 +30,7 @@ from agent.layout import Layout
 from agent.look import prefix
 from agent.processes import last_of, run
 from agent.schema.change import Env, Node, Serve, WheelFile, packed
+from agent.schema.records import Event, Plan, Proven
 from agent.serve import health, managers, supervised
 
 
@@ -114,14 +115,14 @@ def test_packages_may_share_harmless_files(tmp_path: Path) -> None:
 def test_removed_and_moved_node_types_are_reported(before: object, said: list[str]) -> None:
     after = {"A": "custom_nodes.two", "B": "comfy_extras.new"}
     notes: list[str] = []
-    health.report_changed_types({"types": before}, {"types": after}, notes.append)
+    health.report_changed_types(Proven(types=before), Proven(types=after), notes.append)
     assert [note.replace("custom_nodes.", "") for note in notes] == said
 
 
 def test_node_types_that_comfyui_replaces_are_told_apart() -> None:
     notes: list[str] = []
-    new = {"types": {"A": "nodes"}, "replaced": {"Old": "A", "A": "B", "Never": "A"}}
-    health.report_changed_types({"types": {"A": "nodes", "Old": "nodes", "Gone": "nodes"}}, new, notes.append)
+    new = Proven(types={"A": "nodes"}, replaced={"Old": "A", "A": "B", "Never": "A"})
+    health.report_changed_types(Proven(types={"A": "nodes", "Old": "nodes", "Gone": "nodes"}), new, notes.append)
     assert notes == ["node types that no longer exist: Gone", "node types that ComfyUI replaces in workflows: Old (A)"]
 
 
@@ -145,7 +146,7 @@ def test_following_a_run_ends_if_it_cannot_resume(tmp_path: Path, monkeypatch: p
     manager = SimpleNamespace(start_apply=lambda: started.append(layout), apply_log=lambda: ["Traceback"])
     monkeypatch.setattr("agent.change.runs.manager_of", lambda _: manager)
     following = runs.follow(layout, "r")
-    assert [next(following) for _ in range(3)] == [{"event": "alive"}] * 3
+    assert [next(following) for _ in range(3)] == [Event("alive")] * 3
     with pytest.raises(AgentError, match="fails at every start") as raised:
         next(following)
     assert raised.value.report["log"] == ["Traceback"]
@@ -156,15 +157,15 @@ def test_following_reads_each_journal_line_once(tmp_path: Path) -> None:
     layout = at(tmp_path)
     log = journal.Journal(layout, "r")
     for number in range(3):
-        log.add("note", text=str(number))
+        log.add(Event("note", text=str(number)))
     following = runs.follow(layout, "r")
-    assert [next(following)["text"] for _ in range(3)] == ["0", "1", "2"]
+    assert [next(following).text for _ in range(3)] == ["0", "1", "2"]
     log.path.write_bytes(b" " * log.path.stat().st_size)  # returned events are not read again
     with log.path.open("ab") as file:
         file.write(b'{"event": "no')  # an incomplete record
-    log.add("note", text="3")
-    log.add("end", result="done", error={})
-    assert [each.get("text") for each in following] == ["3", None]
+    log.add(Event("note", text="3"))
+    log.add(Event("end", result="done"))
+    assert [each.text for each in following] == ["3", ""]
 
 
 def test_notes_and_errors_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +178,10 @@ def test_notes_and_errors_are_limited(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(runs.STEPS, "serve", chatty)
     log = journal.Journal(layout, "r")
-    error = runs._carry_out(layout, {"steps": [packed(Serve("t", "w", "u"))]}, log)
+    error = runs._carry_out(layout, Plan(steps=(packed(Serve("t", "w", "u")),)), log)
     assert len(json.dumps(error)) < 30_000
     assert log.path.stat().st_size < 3_000_000
-    assert log.events()[-1]["text"] == "further notes are omitted"
+    assert log.events()[-1].text == "further notes are omitted"
 
 
 def test_long_line_in_log_is_read_partly(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_change_is_applied_and_converges(at: Any) -> None:
     (found,) = change.change_each(["spark"], Change(action="start", plan=planner(some(STEP), some())), Options())
     assert (found.changed, found.steps, found.notes) == (True, ("start comfyui",), ("noted",))
     (body,) = machine.submitted
-    assert (body["action"], body["steps"]) == ("start", [packed(STEP)])
+    assert (body["action"], body["steps"]) == ("start", (packed(STEP),))
 
 
 @pytest.mark.parametrize("left", [some(STEP), some(refusals=(Refusal("busy", "start comfyui", "wait"),))])

@@ -36,6 +36,7 @@ from agent.layout import DATA, Layout
 from agent.processes import wait_for
 from agent.schema.change import CutOver, Prune, Stop, packed
 from agent.schema.facts import Service
+from agent.schema.records import Proven
 from agent.serve import health
 
 PLAN = {
@@ -342,12 +343,12 @@ class World:
                 raise OSError(errno.EIO, "cannot be restored")
             return work(*given)
 
-        def prove(_: object, process: object, *__: object) -> Json:
+        def prove(_: object, process: object, *__: object) -> Proven:
             if not (self.scenario.trial if isinstance(process, trial.Trial) else self.scenario.gate):
                 raise AgentError("gate", "unhealthy", "as the scenario wants it")
             while self.scenario.hangs and not isinstance(process, trial.Trial):
                 pass
-            return {"types": {}, "failed_nodes": {}}
+            return Proven()
 
         def first_answer(*_: object) -> Json:
             if not manager.status().active:

@@ -21,6 +21,7 @@ from agent.files import AgentError
 from agent.journal import Journal
 from agent.layout import Layout
 from agent.schema.change import Delete, Erase, packed
+from agent.schema.records import Event
 from agent.serve.systemd import entries
 from core import console
 from deploy import plan
@@ -325,7 +326,7 @@ def pending(own: Layout) -> Journal:
     kinds = [packed(Delete("parts", "w", "u", ("parts",))), packed(Erase("state", "w", "u"))]
     own.pending.write_text(json.dumps({**plan, "since": "then", "steps": kinds}))
     journal = Journal(own, "r")
-    journal.add("begin")
+    journal.add(Event("begin"))
     return journal
 
 
@@ -333,14 +334,14 @@ def test_nuke_can_be_followed_to_its_end(tmp_path: Path) -> None:
     own = layout(tmp_path / "prefix")
     pending(own)
     following = runs.follow(own, "r")
-    assert next(following)["event"] == "begin"
+    assert next(following).event == "begin"
     runs.apply(own)
     events = list(following)
-    assert [each["event"] for each in events] == ["step", "note", "done", "step", "note", "done", "end"]
-    assert events[-1]["result"] == "done"
+    assert [each.event for each in events] == ["step", "note", "done", "step", "note", "done", "end"]
+    assert events[-1].result == "done"
     assert [path.name for path in own.prefix.iterdir()] == ["data"]
     # A client that comes too late to open the journal gets the same answer, and its request creates no files.
-    assert [each["event"] for each in runs.follow(own, "r")] == ["end"]
+    assert [each.event for each in runs.follow(own, "r")] == ["end"]
     assert not own.state.exists()
 
 
@@ -356,10 +357,10 @@ def test_nuke_ends_for_its_client_when_the_state_is_gone(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(SafeDeleter, "delete", slow)
     following = runs.follow(own, "r")
-    assert next(following)["event"] == "begin"
+    assert next(following).event == "begin"
     worker = threading.Thread(target=runs.apply, args=[own])
     worker.start()
-    found = next(own.state.exists() for event in following if event["event"] == "end")
+    found = next(own.state.exists() for event in following if event.event == "end")
     worker.join()
     assert not found
 
@@ -370,9 +371,9 @@ def test_nuke_removes_the_agents_before_its_end(tmp_path: Path, monkeypatch: pyt
     pending(own)
     add = Journal.add
 
-    def added(self: Journal, event: str, **values: Any) -> None:
-        there.append((event, bool([*own.state.glob("*agents")])))
-        add(self, event, **values)
+    def added(self: Journal, line: Event) -> None:
+        there.append((line.event, bool([*own.state.glob("*agents")])))
+        add(self, line)
 
     monkeypatch.setattr(Journal, "add", added)
     runs.apply(own)
@@ -418,7 +419,7 @@ def test_failed_nuke_keeps_its_journal(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(SafeDeleter, "delete", full)
     runs.apply(own)
     events = list(runs.follow(own, "r"))
-    assert events[-1]["error"]["what"] == "paths that could not be deleted: 1"
+    assert events[-1].error["what"] == "paths that could not be deleted: 1"
     assert not own.pending.exists()
 
 

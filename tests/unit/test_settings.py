@@ -60,7 +60,7 @@ def test_a_second_change_keeps_the_first_old_value_and_undo_restores_it(layout: 
     steps.apply_setting(layout, step({str(old): "first", str(fresh): line}), quiet)
     steps.apply_setting(layout, step({str(old): "second", str(fresh): line}), quiet)
     assert (old.read_text(), fresh.read_text(), kernel.read_text()) == ("second", line, "10")
-    assert {each["place"]: each["old"] for each in SettingsJournal(layout).in_force()["one"]} == {
+    assert {each.place: each.old for each in SettingsJournal(layout).in_force()["one"]} == {
         str(old): "before", str(fresh): None, str(kernel): "60",
     }  # fmt: skip
     steps.undo_settings(layout, undo(), quiet)
@@ -112,7 +112,7 @@ def test_later_edits_are_reported_and_kept(layout: Layout, tmp_path: Path) -> No
     assert caught.value.report["kind"] == "changed"
     assert caught.value.report["cause"] == f"{mine}: edited"
     assert (mine.read_text(), other.exists()) == ("edited", False)
-    assert [each["place"] for each in SettingsJournal(layout).in_force()["one"]] == [str(mine)]
+    assert [each.place for each in SettingsJournal(layout).in_force()["one"]] == [str(mine)]
     steps.undo_settings(layout, undo(overwrite=True), quiet)
     assert (mine.read_text(), SettingsJournal(layout).in_force()) == ("before", {})
 
@@ -160,7 +160,7 @@ def test_failed_undo_is_reported_and_stays_recorded(layout: Layout, tmp_path: Pa
         steps.undo_settings(layout, undo(), quiet)
     assert "Is a directory" in caught.value.report["cause"]
     assert (tmp_path / "one").read_text() == "before"
-    assert [each["place"] for each in SettingsJournal(layout).in_force()["one"]] == [f"{tmp_path}/two"]
+    assert [each.place for each in SettingsJournal(layout).in_force()["one"]] == [f"{tmp_path}/two"]
 
 
 def test_bracketed_kernel_value_is_parsed(tmp_path: Path) -> None:
