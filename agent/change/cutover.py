@@ -18,12 +18,12 @@ have served again after a boot. A revert that has begun is always completed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from agent.api import Endpoint, endpoint
 from agent.change.database import forget, reserve, restore, revision, revisions, take_snapshot
@@ -32,16 +32,16 @@ from agent.change.trial import memory_shortage, run_trial
 from agent.deletion import remove
 from agent.files import (
     AgentError,
-    Json,
     Note,
+    damaged,
     discard,
     link,
     os_error,
     read,
+    record,
     recorded,
     retried,
     sync,
-    write,
 )
 from agent.journal import pending
 from agent.layout import Layout
@@ -49,8 +49,9 @@ from agent.look.storage import databases
 from agent.parts import as_service
 from agent.processes import wait_for
 from agent.schema.change import CutOver
+from agent.schema.decode import decode
 from agent.schema.facts import Report
-from agent.schema.records import Proven
+from agent.schema.records import CutOverPhase, Proven
 from agent.serve.health import clearer, drain, first_answer, gate, report_changed_types
 from agent.serve.managers import last_words, manager_of
 from agent.serve.proofs import Prover
@@ -65,70 +66,83 @@ def cut_over(layout: Layout, step: CutOver, note: Note) -> None:
     Raises AgentError if the new release is not in service.
     """
     run = pending(layout).run
-    record = read(layout.cut)
-    if record.get("run") != run:
-        record = {"run": run, "phase": "planned", "from": layout.release(), "to": step.to, "tried": False}
-    Cutover(layout, step, record, note).carry_on()
+    found = _recorded(layout)
+    if found.run != run:
+        found = CutOverPhase(run, "planned", layout.release(), step.to)
+    Cutover(layout, step, found, note).carry_on()
 
 
 def abandon(layout: Layout, run: str, report: Report, note: Note) -> Report:
     """Abort a run's cut-over, if any: revert the switch and start nothing. Return the final report; `report` is the
     reason for the abort."""
-    record = read(layout.cut)
-    if record.get("run") != run or record["phase"] not in ("switched", "proving", "reverting"):
+    found = _recorded(layout)
+    if found.run != run or found.phase not in ("switched", "proving", "reverting"):
         return report
-    step = CutOver("", "", "", drain=0, force=True, to=record["to"], trial="no")
+    step = CutOver("", "", "", drain=0, force=True, to=found.to, trial="no")
     try:
-        Cutover(layout, step, {**record, "was_active": False}, note).revert(report)
+        Cutover(layout, step, replace(found, was_active=False), note).revert(report)
     except AgentError as error:
         return {**report, "result": "reverted"} if error.report.get("result") else error.report
+
+
+def _recorded(layout: Layout, *, lenient: bool = False) -> CutOverPhase:
+    """Return the recorded phase of the last cut-over. Raises AgentError if it is damaged, unless `lenient`."""
+    found = read(layout.cut, lenient=lenient)
+    try:
+        return decode(CutOverPhase, {**found, "base": found.get("from", "")}, lenient=True)
+    except ValueError as error:
+        if lenient:
+            return CutOverPhase()
+        raise damaged(layout.cut, str(error)) from None
 
 
 class Cutover:
     """One cut-over; `record` is its record on disk."""
 
-    def __init__(self, layout: Layout, step: CutOver, record: Json, note: Note) -> None:
+    def __init__(self, layout: Layout, step: CutOver, found: CutOverPhase, note: Note) -> None:
         self.layout = layout
         self.step = step
-        self.record = record
+        self.record = found
         self.note = note
         self.manager = manager_of(layout)
-        self.snapshot = layout.state / f"database-{record['run']}"
+        self.snapshot = layout.state / f"database-{found.run}"
         self.way_back = layout.prefix / ".current.back"
 
-    def enter(self, phase: str, **more: object) -> None:
+    def enter(self, phase: str, **more: Any) -> None:
         """Record a phase before its actions."""
-        self.record |= {"phase": phase, **more}
-        write(self.layout.cut, json.dumps(self.record))
+        self.record = replace(self.record, phase=phase, **more)
+        values = dict(vars(self.record))
+        base = values.pop("base")
+        record(self.layout.cut, {"from": base, **values})
 
     def carry_on(self) -> None:
         """Resume from the recorded phase. Raises AgentError if the new release is not in service."""
-        phase, switched = self.record["phase"], self.layout.release() == self.record["to"]
+        phase, switched = self.record.phase, self.layout.release() == self.record.to
         if phase == "ended":
-            if self.record.get("error"):
-                raise _raised(self.record["error"])
+            if self.record.error:
+                raise _raised(self.record.error)
             return
         if phase == "reverting" or (phase == "proving" and not switched):  # the disk was too full to record a revert
-            self.revert(self.record.get("error") or AgentError("gate", "the cut-over was interrupted").report)
+            self.revert(self.record.error or AgentError("gate", "the cut-over was interrupted").report)
         if phase not in ("switched", "proving") or not switched:
             try:
                 self.prepare()
                 self.enter("ended" if self.step.trial == "only" else "stopped")
             except (AgentError, OSError):
-                if self.record.get("was_active") and not self.manager.status().active:  # stopped by an earlier attempt
+                if self.record.was_active and not self.manager.status().active:  # stopped by an earlier attempt
                     retried(self.manager.start)
                 raise
-            if self.record["phase"] == "ended":
+            if self.record.phase == "ended":
                 return
         try:
-            if self.record["phase"] == "stopped":
+            if self.record.phase == "stopped":
                 halt(self.layout, self.manager, force=self.step.force)
                 as_service(self.layout, take_snapshot, self.layout.database.parent, self.snapshot)
                 sync(self.layout.state)
                 self.enter("switched", copied=True)
-            if self.record["phase"] == "switched":
-                link(self.layout.current, f"releases/{self.record['to']}")
-                if self.record.get("older"):  # now: before the switch, a resumed run would copy it as the current one
+            if self.record.phase == "switched":
+                link(self.layout.current, f"releases/{self.record.to}")
+                if self.record.older:  # now: before the switch, a resumed run would copy it as the current one
                     self.manager.stop()  # a boot may have started it
                     as_service(self.layout, restore, self.database, self.layout.database.parent, True)
                 self.enter("proving")
@@ -140,8 +154,8 @@ class Cutover:
         except Exception as error:  # any error must restore the previous release
             report = error.report if isinstance(error, AgentError) else _unexpected(error).report
             self.revert(report)
-        if not self.record.get("proved"):
-            places = (self.layout.releases / self.record[name] / "proven" for name in ("from", "to"))
+        if not self.record.proved:
+            places = (self.layout.releases / name / "proven" for name in (self.record.base, self.record.to))
             old, new = (recorded(place, Proven, lenient=True) for place in places)
             report_changed_types(old, new, self.note)
 
@@ -149,11 +163,14 @@ class Cutover:
         """Do everything that is possible while the old release serves. A failure here has stopped nothing."""
         self.layout.check_mounted()
         status = self.manager.status()
-        self.record = {"was_active": status.active, "was_enabled": status.enabled, **self.record}
-        self.record.setdefault("older", self.older_database())
-        if not self.record["tried"] and self.step.trial != "no":
+        if self.record.was_active is None:
+            self.record = replace(self.record, was_active=status.active, was_enabled=status.enabled)
+        older = self.older_database()
+        if self.record.older is None:
+            self.record = replace(self.record, older=older)
+        if not self.record.tried and self.step.trial != "no":
             self.enter("trial")
-            self.record |= {"proved": self.try_out(status.active), "tried": True}
+            self.record = replace(self.record, proved=self.try_out(status.active), tried=True)
         if self.step.trial == "only":
             return
         self.enter("draining")
@@ -165,15 +182,15 @@ class Cutover:
         self.layout.databases.mkdir(exist_ok=True)  # now: a full disk has no room for it later
         os.chown(self.snapshot, *self.layout.owner())
         as_service(self.layout, reserve, self.layout.database.parent, self.snapshot)
-        if self.record["from"]:
-            link(self.way_back, f"releases/{self.record['from']}")
+        if self.record.base:
+            link(self.way_back, f"releases/{self.record.base}")
 
     def older_database(self) -> str:
         """Return the release whose saved database the new one gets, because it cannot open the current one; or "".
 
         Raises AgentError if there is none.
         """
-        to, now = self.record["to"], as_service(self.layout, revision, self.layout.database.parent)
+        to, now = self.record.to, as_service(self.layout, revision, self.layout.database.parent)
         known = revisions(self.layout, to)
         if not now or not known or now in known:  # a ComfyUI without migrations opens every database
             return ""
@@ -188,10 +205,10 @@ class Cutover:
 
     def prove(self) -> None:
         """Run the health gate, and the plan's workflows unless the trial has. Raises AgentError."""
-        release = self.layout.manifest(self.record["to"])
+        release = self.layout.manifest(self.record.to)
         clear = clearer(self.layout, self.note)
         prover = Prover(self.layout, self.manager, release, release["argv"], self.note, clear)
-        proofs = () if self.record.get("proved") else self.step.proofs
+        proofs = () if self.record.proved else self.step.proofs
         gate(self.layout, self.manager, release, self.note, lambda: prover.run(proofs))
 
     def try_out(self, active: bool) -> bool:
@@ -212,14 +229,14 @@ class Cutover:
             self.note(f"no trial, the release is checked after the cut-over only: {short}")
         else:
             return run_trial(
-                self.layout, self.manager, self.layout.manifest(self.record["to"]), self.note, self.step, self.database
+                self.layout, self.manager, self.layout.manifest(self.record.to), self.note, self.step, self.database
             )
         return False
 
     @property
     def database(self) -> Path:
         """The folder of the database that the new release gets."""
-        older = self.record.get("older")
+        older = self.record.older
         return self.layout.databases / older if older else self.layout.database.parent
 
     def await_mounts(self) -> None:
@@ -237,8 +254,8 @@ class Cutover:
 
         Each action is retried. Actions that need no disk space come first.
         """
-        previous = self.record["from"]
-        if self.record["phase"] != "reverting":
+        previous = self.record.base
+        if self.record.phase != "reverting":
             with suppress(AgentError, OSError):
                 report = {**report, "log": last_words(self.manager)}
             with suppress(OSError):
@@ -257,7 +274,7 @@ class Cutover:
         attempt(self.manager.stop)
         if previous:
             attempt(self.switch_back)
-        if self.record.get("copied"):
+        if self.record.copied:
             try:
                 as_service(self.layout, restore, self.snapshot, self.layout.database.parent)
             except (AgentError, OSError) as error:
@@ -266,9 +283,9 @@ class Cutover:
                 report = {**report, "kept": True}
         if previous:
             attempt(self.manager.install)
-            if not self.record["was_enabled"]:
+            if not self.record.was_enabled:
                 attempt(self.manager.disable)
-            if self.record["was_active"]:
+            if self.record.was_active:
                 attempt(lambda: self.manager.start(wait=not self.layout.unmounted()))
             back = self.check_restored(previous, failures)
         else:
@@ -279,7 +296,7 @@ class Cutover:
 
     def check_restored(self, previous: str, failures: list[str]) -> str:
         """Return the state of the restored release in words; add a failure if it does not answer."""
-        if self.record["was_active"] and not failures and not self.layout.unmounted():
+        if self.record.was_active and not failures and not self.layout.unmounted():
             try:
                 old = self.layout.manifest(previous)
                 first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
@@ -294,12 +311,12 @@ class Cutover:
         if os.path.lexists(self.way_back):
             self.way_back.replace(self.layout.current)
             sync(self.layout.prefix)
-        elif self.layout.release() != self.record["from"]:
-            link(self.layout.current, f"releases/{self.record['from']}")
+        elif self.layout.release() != self.record.base:
+            link(self.layout.current, f"releases/{self.record.base}")
 
     def reverted(self, report: Report, back: str, failures: list[str]) -> AgentError:
         """Record and return the AgentError of a revert."""
-        what = f"release {self.record['to']} is not healthy"
+        what = f"release {self.record.to} is not healthy"
         if failures:
             cause = "\n".join([f"{report['what']} ({report['cause']})", *failures])
             error = AgentError("step", f"{what}, and the rollback failed", cause, "inv doctor shows the host's state")
@@ -339,14 +356,14 @@ def settle_database(layout: Layout, run: str) -> None:
 
 
 def _save_database(layout: Layout, run: str, snapshot: Path) -> None:
-    record = read(layout.cut, lenient=True)
-    ended = record.get("run") == run and record.get("phase") == "ended" and not record.get("error")
-    if not ended or layout.release() != record["to"]:
+    found = _recorded(layout, lenient=True)
+    ended = found.run == run and found.phase == "ended" and not found.error
+    if not ended or layout.release() != found.to:
         return
-    forget(layout.databases / record["to"])  # its database is in use again
-    if record["from"] not in ("", record["to"]) and snapshot.is_dir():
+    forget(layout.databases / found.to)  # its database is in use again
+    if found.base not in ("", found.to) and snapshot.is_dir():
         before, after = (as_service(layout, revision, each) for each in (snapshot, layout.database.parent))
         if before and after and before != after:
-            forget(layout.databases / record["from"])
-            snapshot.replace(layout.databases / record["from"])
+            forget(layout.databases / found.base)
+            snapshot.replace(layout.databases / found.base)
             sync(layout.databases)

@@ -49,6 +49,23 @@ class Event:
 
 
 @dataclass(frozen=True)
+class CutOverPhase:
+    """The phase of a run's cut-over (`state/cut-over.json`, see `agent.change.cutover`). None: not known yet."""
+
+    run: str = ""  # empty: there is none
+    phase: str = ""
+    base: str = ""  # the release before; empty: none. In the file it is `from`, a keyword of Python
+    to: str = ""  # the new release
+    tried: bool = False  # the trial is over, or was skipped
+    proved: bool = False  # the release has passed its trial with all workflows
+    was_active: bool | None = None  # the service ran before
+    was_enabled: bool | None = None  # the service started at boot before
+    older: str | None = None  # the release whose saved database the new one gets; empty: it keeps the current one
+    copied: bool = False  # the copy of the database is complete
+    error: Report | None = None  # why it is reverted, then of its end
+
+
+@dataclass(frozen=True)
 class SettingChange(Applied):
     """A line of `state/settings.jsonl`: a change outside the prefix, or its end."""
 

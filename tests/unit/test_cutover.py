@@ -36,7 +36,7 @@ from agent.layout import DATA, Layout
 from agent.processes import wait_for
 from agent.schema.change import CutOver, Prune, Stop, packed
 from agent.schema.facts import Service
-from agent.schema.records import Proven
+from agent.schema.records import CutOverPhase, Proven
 from agent.serve import health
 
 PLAN = {
@@ -537,6 +537,20 @@ def test_the_record_of_another_run_is_ignored(tmp_path: Path) -> None:
     write(world.site.cut, json.dumps({**other, "error": AgentError("gate", "of another run").report}))
     assert world.apply() == 0
     assert (world.site.release(), world.faults()) == ("new", [])
+
+
+def test_agents_of_other_versions_read_the_record(tmp_path: Path) -> None:
+    """Another client's forced stop aborts the run with its own agent."""
+    world = World(tmp_path, SCENARIOS[0]).make()
+    step = CutOver("", "", "", drain=0, force=True, to="new", trial="no")
+    found = cutover.Cutover(world.site, step, CutOverPhase("r1", "planned", "old", "new"), print)
+    found.enter("switched", copied=True)
+    written = files.read(world.site.cut)
+    assert (written["from"], written["to"], "base" in written) == ("old", "new", False)
+    assert cutover._recorded(world.site) == found.record
+    older = {name: value for name, value in written.items() if value is not None}
+    write(world.site.cut, json.dumps({**older, "more": 1}))
+    assert cutover._recorded(world.site) == found.record
 
 
 def test_a_revert_leaves_a_service_as_it_was(tmp_path: Path) -> None:
