@@ -20,6 +20,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from agent.schema.live import Received
 from core import shell
 from core.errors import (
     DISK_FULL,
@@ -84,7 +87,7 @@ class Agent(ABC):
         size = path.stat().st_size
         values = {"sha256": digest, "size": size, "offset": offset}
         answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
-        if not answers or answers[-1]["size"] < size:
+        if not answers or msgspec.convert(answers[-1], Received).size < size:
             raise self.lost(f"{path.name} was not transferred completely")
 
     def lost(self, cause: str) -> ConnectError:

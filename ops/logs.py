@@ -8,6 +8,9 @@ import threading
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from agent.schema.live import LogLine
 from core import console
 from core.errors import HearthError, UsageError
 from core.flags import number
@@ -44,7 +47,8 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
     def one(name: str) -> None:
         try:
             with connection.connect(find_target(name), ask_sudo) as agent:
-                _print(agent.stream("logs", **asked), name, alone=alone, as_json=as_json)
+                lines = (msgspec.convert(each, LogLine) for each in agent.stream("logs", **asked))
+                _print(lines, name, alone=alone, as_json=as_json)
         except HearthError as error:
             if alone:
                 raise
@@ -66,17 +70,18 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
     return int(bool(failed))
 
 
-def _print(answers: Iterable[dict[str, Any]], host: str, *, alone: bool, as_json: bool) -> None:
+def _print(answers: Iterable[LogLine], host: str, *, alone: bool, as_json: bool) -> None:
     """Print lines as they arrive, with the host's name unless it is `alone`; JSON always has it."""
     for each in answers:
-        if "alive" in each and console.unread():
-            return
-        if "note" in each:
-            console.say(console.line(each["note"]))
-        elif "text" in each and as_json:
-            line = {"host": host, "at": each["at"], "text": console.printable(each["text"])}
+        if each.note:
+            console.say(console.line(each.note))
+        elif each.text is None:
+            if console.unread():
+                return
+        elif as_json:
+            line = {"host": host, "at": each.at, "text": console.printable(each.text)}
             console.data(json.dumps(line))
-        elif "text" in each:
-            when = f"{datetime.fromtimestamp(each['at']):%Y-%m-%d %H:%M:%S}  " if each["at"] else ""
-            text = each["text"].replace("\n", "\\n")
+        else:
+            when = f"{datetime.fromtimestamp(each.at):%Y-%m-%d %H:%M:%S}  " if each.at else ""
+            text = each.text.replace("\n", "\\n")
             console.data(f"{host}  " * (not alone) + when + text, colours=True)

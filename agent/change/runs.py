@@ -62,6 +62,7 @@ from agent.requester import asker
 from agent.schema.change import Base, CutOver, Env, Release, Step, Stop, Tree, unpacked
 from agent.schema.decode import decode
 from agent.schema.facts import Report
+from agent.schema.live import Received
 from agent.schema.records import Event, Plan
 from agent.serve.managers import manager_of
 from agent.serve.systemd import Systemd
@@ -349,7 +350,7 @@ SILENCE = 60
 """Seconds without data after which an upload ends: its client is suspended or gone. The next upload resumes it."""
 
 
-def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
+def receive(layout: Layout, digest: str, size: int, offset: int) -> Received:
     """Write standard input to a blob of `size` bytes, starting at `offset`; return the bytes received so far (`size`).
 
     A partial blob stays for the next upload to resume. While another client uploads the same blob, write to a copy.
@@ -369,7 +370,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
                 shutil.copyfile(other, part)
             if path.exists():
                 part.unlink(missing_ok=True)
-                return {"size": size}
+                return Received(size)
             if os.fstat(file.fileno()).st_size < offset:
                 raise FileNotFoundError(part)
             file.truncate(offset)  # data that another client has appended is sent again
@@ -389,7 +390,7 @@ def receive(layout: Layout, digest: str, size: int, offset: int) -> Json:
     except FileNotFoundError:
         what, hint = "the partly transferred file was deleted", "run the same command again"
         raise AgentError("step", what, "another run deleted unused files at the same time", hint) from None
-    return {"size": there}
+    return Received(there)
 
 
 def _block() -> bytes:

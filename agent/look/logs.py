@@ -20,6 +20,7 @@ from agent.api import ask, checked, endpoint
 from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.processes import LOG_BYTES
+from agent.schema.live import LogLine
 from agent.serve.managers import manager_of
 from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login
@@ -33,8 +34,8 @@ LONGEST = 100_000
 Match = Callable[[str], bool]
 
 
-def logs(layout: Layout, request: Json) -> Iterator[Json]:
-    """Yield the log, oldest first: `text` with its time `at` (seconds since 1970; None: unknown), and `note`s.
+def logs(layout: Layout, request: Json) -> Iterator[LogLine]:
+    """Yield the log, oldest first, and notes on it.
 
     `lines` is the number of last lines (None: all), `since` a time, `grep` a regular expression that is matched
     without colours; `follow` streams without end. Raises AgentError if the log cannot be read.
@@ -52,10 +53,10 @@ def logs(layout: Layout, request: Json) -> Iterator[Json]:
     lines = _journal(manager, request, match) if isinstance(manager, Systemd) else _file(manager, request, match)
     printed = False
     for each in lines:
-        printed = printed or "text" in each
+        printed = printed or each.text is not None
         yield each
     if not printed:
-        yield {"note": _silence(manager, request)}
+        yield LogLine(note=_silence(manager, request))
 
 
 def _shown(raw: bytes) -> str:
@@ -100,7 +101,7 @@ def _silence(manager: Systemd | Supervised, request: Json) -> str:
 # --- the journal ---------------------------------------------------------------------------------------------------
 
 
-def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
+def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[LogLine]:
     who = "--user-unit" if manager.layout.scope == "user" else "--unit"
     words = ["journalctl", "--quiet", "--no-pager", "--output=json", "--all"]  # all: long lines and colours, too
     words += [f"{who}={unit}" for unit in (manager.unit, manager.storage)]
@@ -112,7 +113,7 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
                 cursor = entry["__CURSOR"]
                 yield from _line(entry, match)
         else:
-            found: list[Json] = []
+            found: list[LogLine] = []
             for entry in _entries([*words, *since, "--reverse"]):
                 cursor = cursor or entry["__CURSOR"]
                 if len(found) >= last:
@@ -127,7 +128,7 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[Json]:
     if request["follow"]:
         place = ["--no-tail", f"--after-cursor={cursor}"] if cursor else ["--lines=0"]
         for each in _entries([*words, "--follow", *place], ALIVE):
-            yield from _line(each, match) if each else [{"alive": True}]
+            yield from _line(each, match) if each else [LogLine()]
 
 
 def _since(text: str) -> list[str]:
@@ -140,11 +141,11 @@ def _since(text: str) -> list[str]:
         return [f"--since={text}"]
 
 
-def _line(entry: Json, match: Match) -> list[Json]:
+def _line(entry: Json, match: Match) -> list[LogLine]:
     """Return a journal entry as a line if it matches; journalctl encodes text that is not printable as bytes."""
     message = entry.get("MESSAGE") or ""
     text = _shown(bytes(message) if isinstance(message, list) else message.encode())
-    return [{"at": _at(entry), "text": text}] if match(text) else []
+    return [LogLine(text, _at(entry))] if match(text) else []
 
 
 def _at(entry: Json) -> float:
@@ -194,23 +195,24 @@ def _error(why: str) -> AgentError:
     return AgentError("log", f"{login()} cannot read the journal", why, hint)
 
 
-def _remembered(layout: Layout, error: AgentError, match: Match) -> Iterator[Json]:
+def _remembered(layout: Layout, error: AgentError, match: Match) -> Iterator[LogLine]:
     """Yield the last 300 writes from ComfyUI's memory if the journal is not readable. Raises `error` on failure."""
     try:
         found = ask(endpoint(layout), "/internal/logs/raw", limit=LOG_BYTES)
         remembered = checked("its log", found, lambda log: "".join(str(each["m"]) for each in log["entries"]))
     except (OSError, ValueError):
         raise error from None
-    yield {"note": f"{error.report['what']}; these are the lines that ComfyUI keeps in memory. {error.report['hint']}"}
+    memory = "these are the lines that ComfyUI keeps in memory"
+    yield LogLine(note=f"{error.report['what']}; {memory}. {error.report['hint']}")
     for line in remembered.splitlines():
         if match(line):
-            yield {"at": None, "text": line}
+            yield LogLine(line)
 
 
 # --- the supervisor's file -----------------------------------------------------------------------------------------
 
 
-def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
+def _file(manager: Supervised, request: Json, match: Match) -> Iterator[LogLine]:
     older = manager.output.with_name(f"{manager.output.name}.1")
     places = [(older, 0), (manager.output, 0)]
     if request["since"]:
@@ -226,24 +228,24 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[Json]:
             places = [(manager.output, marks[1])]
         elif marks[0] is not None:
             places = [(older, marks[0]), (manager.output, 0)]
-        yield {"note": "the lines have no times; the output can begin up to five seconds early"}
+        yield LogLine(note="the lines have no times; the output can begin up to five seconds early")
     read = 0
 
-    def written() -> Iterator[Json]:
+    def written() -> Iterator[LogLine]:
         nonlocal read
         for path, offset in places:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 file.seek(offset)
                 for raw in iter(lambda file=file: file.readline(LONGEST), b""):  # type: ignore[misc]
                     if match(text := _shown(raw)):
-                        yield {"at": None, "text": text}
+                        yield LogLine(text)
                 read = file.tell()
 
     yield from written() if request["lines"] is None else deque(written(), maxlen=request["lines"])
     if request["follow"]:
         for text in _grown(manager.output, read):
             if text is None or match(text):
-                yield {"alive": True} if text is None else {"at": None, "text": text}
+                yield LogLine(text)
 
 
 def _mark(times: Path, at: float) -> int | None:

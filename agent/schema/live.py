@@ -125,6 +125,22 @@ class Job:
 
 
 @dataclass(frozen=True)
+class LogLine:
+    """A line of ComfyUI's log, or a note on it. Without both: sent when it is quiet."""
+
+    text: str | None = None
+    at: float | None = None  # None: unknown
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Received:
+    """The answer to an upload."""
+
+    size: int  # bytes received so far, by all uploads of this blob
+
+
+@dataclass(frozen=True)
 class CommandLine:
     """What the flags of the current release are read from."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from agent.schema.change import Erase
-from agent.schema.live import Job
+from agent.schema.live import Job, LogLine
 from core import console, files
 from core.console import age, clock, counted, printable, size
 from core.errors import ConnectError
@@ -218,7 +218,7 @@ def test_lines_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes = [Outcome("box", "r", "", True, state=FORGED)]
     console.show(outcomes, outcome.rows(outcomes, dry_run=False), as_json=False)
     change.show(Plan("", "r", (Erase(FORGED, FORGED, ""),), notes=(FORGED,)))
-    logs._print([{"at": None, "text": FORGED}, {"note": FORGED}], "box", alone=True, as_json=False)
+    logs._print([LogLine(FORGED), LogLine(note=FORGED)], "box", alone=True, as_json=False)
     said = capsys.readouterr()
     assert "forged" in said.out
     assert "forged" in said.err

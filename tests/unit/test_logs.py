@@ -14,7 +14,7 @@ from agent.files import AgentError
 from agent.layout import Layout
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
-from agent.schema.live import Job
+from agent.schema.live import Job, LogLine
 from agent.serve.supervised import Supervised
 from core.errors import ConnectError
 from deploy import fleet
@@ -30,12 +30,12 @@ def own(place: Path, port: int = 1) -> Layout:
     return Layout({"prefix": str(place), "service": "s", "scope": "user", "user": "", "address": "", "port": port})
 
 
-def read(layout: Layout, **asked: Any) -> Iterator[dict[str, Any]]:
+def read(layout: Layout, **asked: Any) -> Iterator[LogLine]:
     return agent_logs.logs(layout, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
 
 
 def texts(layout: Layout, **asked: Any) -> list[str]:
-    return [each["text"] for each in read(layout, **asked) if "text" in each]
+    return [each.text for each in read(layout, **asked) if each.text is not None]
 
 
 def test_log_request_fields() -> None:
@@ -75,7 +75,7 @@ def test_the_last_lines_come_from_both_files_with_progress_bars_as_they_ended(tm
     assert texts(layout, lines=2) == ["three \ufffd", "four"]
     assert texts(layout, grep="^t", lines=1) == ["three \ufffd"]
     assert texts(layout, grep="^two$") == ["\x1b[31mtwo\x1b[0m"]  # the visible text, not the coloured one
-    assert list(read(layout, grep="five")) == [{"note": "no line matches"}]
+    assert list(read(layout, grep="five")) == [LogLine(note="no line matches")]
 
 
 def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_a_line_without_an_end_comes_in_pieces(tmp_path: Path) -> None:
 
 
 def test_empty_log_has_a_reason(tmp_path: Path) -> None:
-    assert list(read(own(tmp_path))) == [{"note": "there is no log: ComfyUI has never run here"}]
+    assert list(read(own(tmp_path))) == [LogLine(note="there is no log: ComfyUI has never run here")]
     (tmp_path / "state/comfyui.log").touch()
-    assert list(read(own(tmp_path))) == [{"note": "nothing was logged"}]
+    assert list(read(own(tmp_path))) == [LogLine(note="nothing was logged")]
 
 
 def test_since_uses_the_supervisors_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,17 +122,17 @@ def test_following_continues_after_rotation(tmp_path: Path, monkeypatch: pytest.
     log.write_text("before\nlast\n")
     monkeypatch.setattr(agent_logs, "ALIVE", 0.3)
     lines = read(layout, follow=True, lines=1, grep="^[^x]")
-    assert next(lines)["text"] == "last"
+    assert next(lines).text == "last"
     with log.open("a") as file:
         file.write("grown\nxx\nhal")
-    assert next(lines)["text"] == "grown"
+    assert next(lines).text == "grown"
     with log.open("a") as file:
         file.write("f\n")
-    assert next(lines)["text"] == "half"
-    assert next(lines) == {"alive": True}
+    assert next(lines).text == "half"
+    assert next(lines) == LogLine()
     log.rename(log.with_name("comfyui.log.1"))
     log.write_text("anew\n")
-    assert next(each for each in lines if "text" in each)["text"] == "anew"
+    assert next(each for each in lines if each.text is not None).text == "anew"
     lines.close()  # type: ignore[attr-defined]  # it is a generator
 
 
