@@ -147,10 +147,13 @@ def _answer(verb: str, layout: Layout, request: Json) -> None:
 def _facts(layout: Layout, request: Json) -> object:
     from agent.look.facts import PATIENT, check_folders_respond, facts
     from agent.look.gpu import gpus
+    from agent.schema.decode import decode
+    from agent.schema.facts import Questions
     from agent.serve.managers import ours
 
-    check_folders_respond(layout, request, PATIENT)
-    return facts(layout, request, ours(layout, gpus()))
+    ask = decode(Questions, request, lenient=True)
+    check_folders_respond(layout, ask, PATIENT)
+    return facts(layout, ask, ours(layout, gpus()))
 
 
 def _contents(layout: Layout, request: Json) -> Json:

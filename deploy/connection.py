@@ -101,7 +101,7 @@ class Agent(ABC):
 
     def _run(self, verb: str, values: dict[str, Any], blocks: Callable[[], Iterable[bytes]] = tuple) -> Iterator[Any]:
         # Its hash is on a command line, which every user can read: the salt prevents guessing a secret from it.
-        request = json.dumps({"site": vars(self._target.site), "salt": token_hex(), **values}).encode() + b"\n"
+        request = json.dumps({"site": self._target.site, "salt": token_hex(), **values}, default=vars).encode() + b"\n"
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
                 yield self._parsed(line)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from agent.schema.facts import Ended
+from agent.schema.facts import Ended, Questions, WantedMount
 from core import console, workspace
 from core.arch import local_gpus
 from core.console import counted
@@ -50,21 +50,22 @@ def _fitting_profile() -> str:
 
 def look(agent: Agent, target: Target, packages: Sequence[str] = ()) -> Facts:
     """The facts of a host, including these Debian packages; one round trip."""
-    return msgspec.convert(agent.call("facts", **questions(target, packages)), Facts)
+    return msgspec.convert(agent.call("facts", **vars(questions(target, packages))), Facts)
 
 
-def questions(target: Target, packages: Sequence[str] = ()) -> dict[str, Any]:
-    """The values that the agent needs to collect facts."""
+def questions(target: Target, packages: Sequence[str] = ()) -> Questions:
+    """What the agent needs to collect facts and the doctor's data."""
     host = target.host
     places = {path: "read" if name == "models" else "write" for name, path in host.folders.items()}
-    return {
-        "pythons": list(target.profile.pythons),
-        "mounts": msgspec.to_builtins(host.mounts),
-        "places": {**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
-        "packages": list(packages),
-        "metrics_port": host.metrics_port,
-        "engine": host.runtime == "podman",
-    }
+    return Questions(
+        pythons=target.profile.pythons,
+        mounts={path: WantedMount(mount.what, mount.type) for path, mount in host.mounts.items()},
+        places={**dict.fromkeys(host.model_roots, "read"), **places, **dict.fromkeys(host.develop, "bind")},
+        packages=tuple(packages),
+        metrics_port=host.metrics_port,
+        engine=host.runtime == "podman",
+        roots=host.model_roots,
+    )
 
 
 def web_address(target: Target) -> str:

@@ -62,7 +62,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 
 def _one(agent: Agent, target: Target) -> list[Finding]:
     inputs = gather(target)
-    answer = agent.call("probe", **questions(target, inputs.packages), roots=list(target.host.model_roots))
+    answer = agent.call("probe", **vars(questions(target, inputs.packages)))
     seen = msgspec.convert(answer, Probed)
     planned = plan.make(target, seen.facts, inputs, plan.Options())
     runs = gateways.run_by(target.name, hosts.hosts())

@@ -62,7 +62,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECON
 def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
     key = f"{target.host.comfyui} {target.profile}"
     inputs = known.get(key) or known.setdefault(key, gather(target))
-    answer = msgspec.convert(agent.call("status", **questions(target, inputs.packages)), Glance)
+    answer = msgspec.convert(agent.call("status", **vars(questions(target, inputs.packages))), Glance)
     planned = plan.make(target, answer.facts, inputs, plan.Options())
     return judge(target, answer.facts, answer.live, planned)
 

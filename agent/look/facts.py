@@ -24,7 +24,7 @@ from agent.look.ports import port_holder
 from agent.look.prefix import prefix_state
 from agent.look.storage import databases, folder_problem, free_bytes, mount_state, shares, traps, unused
 from agent.parts import damages_of, forked
-from agent.schema.facts import Ended, Facts, Paused, Report, Service
+from agent.schema.facts import Ended, Facts, Paused, Questions, Report, Service
 from agent.schema.live import GpuState
 from agent.schema.records import Proven
 from agent.serve.confine import abi as landlock
@@ -37,8 +37,8 @@ SIGNERS = Path("/etc/hearth/allowed_signers")
 """Allowed signers of bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, bundles may be unsigned."""
 
 
-def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: float = 0) -> Facts:
-    """Return the state of this host. `ask` lists the Python versions, mounts, folders and Debian packages to check.
+def facts(layout: Layout, ask: Questions, devices: Sequence[GpuState], verified: float = 0) -> Facts:
+    """Return the state of this host.
 
     `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
     a mount whose server is down: call `check_folders_respond` first. Raises AgentError.
@@ -51,11 +51,11 @@ def facts(layout: Layout, ask: Json, devices: Sequence[GpuState], verified: floa
         **_releases(layout),
         **_service(layout, ask),
         parts=parts(),
-        engine=engine(layout) if ask.get("engine") else None,
+        engine=engine(layout) if ask.engine else None,
     )
 
 
-def _machine(layout: Layout, ask: Json, devices: Sequence[GpuState]) -> Json:
+def _machine(layout: Layout, ask: Questions, devices: Sequence[GpuState]) -> Json:
     system = os_release()
     gpus, driver = nvidia(devices)
     glibcxx, cxxabi = libstdcxx()
@@ -67,8 +67,8 @@ def _machine(layout: Layout, ask: Json, devices: Sequence[GpuState]) -> Json:
         "glibc": (os.confstr("CS_GNU_LIBC_VERSION") or "").rpartition(" ")[2],
         "glibcxx": glibcxx,
         "cxxabi": cxxabi,
-        "pythons": pythons(layout, ask["pythons"]),
-        "packages": packages(ask["packages"]),
+        "pythons": pythons(layout, ask.pythons),
+        "packages": packages(ask.packages),
         "gpus": gpus,
         "driver": driver,
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
@@ -77,7 +77,7 @@ def _machine(layout: Layout, ask: Json, devices: Sequence[GpuState]) -> Json:
     }
 
 
-def _storage(layout: Layout, ask: Json) -> Json:
+def _storage(layout: Layout, ask: Questions) -> Json:
     place = next(path for path in [layout.prefix, *layout.prefix.parents] if path.exists())
     disk = os.statvfs(place)
     return {
@@ -86,9 +86,8 @@ def _storage(layout: Layout, ask: Json) -> Json:
         "disk_free": disk.f_bavail * disk.f_frsize,
         # File systems without a fixed number of inodes report 0 of 0.
         "inodes_free": disk.f_favail if disk.f_files else None,
-        "mounts": {path: mount_state(layout, path, wanted) for path, wanted in ask["mounts"].items()},
-        "places": {path: folder_problem(layout, Path(path), use) for path, use in ask["places"].items()}
-        | traps(layout),
+        "mounts": {path: mount_state(layout, path, wanted) for path, wanted in ask.mounts.items()},
+        "places": {path: folder_problem(layout, Path(path), use) for path, use in ask.places.items()} | traps(layout),
         "data_free": {str(path): free_bytes(path) for path in (layout.data, *map(Path, layout.elsewhere.values()))},
         # ComfyUI creates `temp` when it starts and deletes it when it ends.
         "data": all(os.path.lexists(layout.data / name) for name in DATA if name != "temp"),
@@ -141,7 +140,7 @@ def _releases(layout: Layout) -> Json:
     }
 
 
-def _service(layout: Layout, ask: Json) -> Json:
+def _service(layout: Layout, ask: Questions) -> Json:
     here = layout.scope == "user" or Path("/run/systemd/system").is_dir()
     manager, systemd = manager_of(layout), Systemd(layout)
     return {
@@ -154,7 +153,7 @@ def _service(layout: Layout, ask: Json) -> Json:
         "drop_ins": tuple(map(str, sorted(systemd.units.glob(f"{layout.service}*.service.d")))),
         "paused": cast("Paused", read(layout.paused)),
         "port_holder": port_holder(layout.port),
-        "metrics_holder": port_holder(ask["metrics_port"]) if ask["metrics_port"] else {},
+        "metrics_holder": port_holder(ask.metrics_port) if ask.metrics_port else {},
         "exporter": exporter(layout),
     }
 
@@ -164,10 +163,10 @@ STALE, PATIENT = 2.0, 15.0
 takes milliseconds; a disk that spins up or an automount takes up to ten seconds."""
 
 
-def check_folders_respond(layout: Layout, ask: Json, seconds: float) -> None:
+def check_folders_respond(layout: Layout, ask: Questions, seconds: float) -> None:
     """Raise AgentError if a folder does not respond in time: stat() on a mount whose server is down blocks."""
     inside = (each["point"] for each in mounts() if each["point"].startswith(f"{layout.prefix}/"))
-    places, nowhere = sorted({*ask["mounts"], *ask["places"], *inside}), subprocess.DEVNULL
+    places, nowhere = sorted({*ask.mounts, *ask.places, *inside}), subprocess.DEVNULL
     children = {place: subprocess.Popen(["stat", "-f", place], stdout=nowhere, stderr=nowhere) for place in places}
     end = time.monotonic() + seconds
     dead: list[str] = []

@@ -39,7 +39,7 @@ def libstdcxx() -> tuple[str, str]:
     return newest[b"GLIBCXX"], newest[b"CXXABI"]
 
 
-def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:
+def pythons(layout: Layout, wanted: Sequence[str]) -> dict[str, str]:
     """Return interpreters by minor version. A system service sees no home folders, so it gets only the system's."""
     places = "/usr/bin:/usr/local/bin" if layout.scope == "system" else os.environ.get("PATH", "/usr/bin")
     code = "import sys; print(sys._base_executable, '%d.%d' % sys.version_info[:2])"
@@ -58,7 +58,7 @@ def pythons(layout: Layout, wanted: list[str]) -> dict[str, str]:
     return found
 
 
-def packages(wanted: list[str]) -> dict[str, bool]:
+def packages(wanted: Sequence[str]) -> dict[str, bool]:
     """Return whether each of these Debian packages is installed; empty without dpkg."""
     if not wanted or not shutil.which("dpkg-query"):
         return {}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agent.look.status import glance
 from agent.parts import as_service, forked
 from agent.processes import run
 from agent.schema.decode import decode
+from agent.schema.facts import Questions
 from agent.schema.live import Containers, Kernel, Mps, Probe, Probed
 from agent.serve.managers import Manager, manager_of
 from agent.serve.sandbox import python_of, sandboxed, unit_of
@@ -30,11 +32,12 @@ LINES = 2000
 
 def probe(layout: Layout, request: Json) -> Probed:
     """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises AgentError."""
-    check_folders_respond(layout, request, STALE)
+    ask = decode(Questions, request, lenient=True)
+    check_folders_respond(layout, ask, STALE)
     manager = manager_of(layout)
-    access, log = forked(_access, layout, request["roots"]), forked(_log, layout)
+    access, log = forked(_access, layout, ask.roots), forked(_log, layout)
     kernel, containers, of_mps = forked(_kernel, layout), forked(_containers), forked(mps, layout)
-    seen = glance(layout, request)
+    seen = glance(layout, ask)
     found = Probe(
         result=_result(manager),
         oom_kills=_oom_kills(manager),
@@ -52,7 +55,7 @@ def probe(layout: Layout, request: Json) -> Probed:
     return Probed(seen.facts, seen.live, found)
 
 
-def _access(layout: Layout, roots: list[str]) -> dict[str, str]:
+def _access(layout: Layout, roots: Sequence[str]) -> dict[str, str]:
     """Return the paths that the service cannot read or write but must: data, code and models."""
     wanted = {str(layout.folder(name)): os.W_OK | os.X_OK for name in DATA if name != "models"}
     wanted |= dict.fromkeys([*roots, str(layout.folder("models"))], os.R_OK | os.X_OK)

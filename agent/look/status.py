@@ -12,6 +12,8 @@ from agent.files import AgentError, Json, meminfo
 from agent.layout import Layout
 from agent.look.facts import STALE, check_folders_respond, facts
 from agent.look.gpu import gpus
+from agent.schema.decode import decode
+from agent.schema.facts import Questions
 from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
 from agent.serve.managers import ours
 
@@ -24,14 +26,15 @@ VERIFIED = 300
 
 def status(layout: Layout, request: Json) -> Glance:
     """Return facts and current state; recently verified parts are not verified again. Raises AgentError."""
-    check_folders_respond(layout, request, STALE)
-    return glance(layout, request)
+    ask = decode(Questions, request, lenient=True)
+    check_folders_respond(layout, ask, STALE)
+    return glance(layout, ask)
 
 
-def glance(layout: Layout, request: Json) -> Glance:
+def glance(layout: Layout, ask: Questions) -> Glance:
     """Return facts and current state from a single NVML query: opening NVML wakes a sleeping GPU."""
     devices = ours(layout, gpus())
-    found = facts(layout, request, devices, VERIFIED)
+    found = facts(layout, ask, devices, VERIFIED)
     live = Live(
         time=time.time(),
         uptime=_age(found.service.pid),

@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from agent.files import AgentError, Json, read_text, regular
+from agent.files import AgentError, read_text, regular
 from agent.folders import inside, mounts
 from agent.layout import DATABASE, SHARED, SHARING, UNUSED, Layout, shared
 from agent.look.accounts import user_exists
 from agent.parts import as_service
-from agent.schema.facts import MountState
+from agent.schema.facts import MountState, WantedMount
 from agent.serve.systemd import UNITS
 
 T = TypeVar("T")
@@ -45,12 +45,12 @@ def unused(layout: Layout) -> list[str]:
     return sorted(looked(layout, look, lambda error: [str(error)]))
 
 
-def mount_state(layout: Layout, path: str, wanted: Json) -> MountState:
+def mount_state(layout: Layout, path: str, wanted: WantedMount) -> MountState:
     """Return the state of a mount point."""
     mounted = os.path.ismount(path)
     source = next((each["what"] for each in reversed(mounts()) if each["point"] == path), "")
     unit = read_text(UNITS / layout.mounts[path])
-    error, remedy = _unmountable(path, wanted["what"], wanted["type"]) if wanted["what"] and not mounted else ("", "")
+    error, remedy = _unmountable(path, wanted.what, wanted.type) if wanted.what and not mounted else ("", "")
     return MountState(mounted, source, unit, error, remedy)
 
 

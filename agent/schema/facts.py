@@ -141,6 +141,27 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class WantedMount:
+    """A file system that must be mounted."""
+
+    what: str = ""  # device or remote path; empty: others mount it
+    type: str = ""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What facts are about, in addition to the installation."""
+
+    pythons: tuple[str, ...] = ()  # minor versions
+    mounts: dict[str, WantedMount] = field(default_factory=dict)  # by path
+    places: dict[str, str] = field(default_factory=dict)  # folders outside the prefix: "read", "write" or "bind"
+    packages: tuple[str, ...] = ()  # of Debian
+    metrics_port: int | None = None  # None: no metrics
+    engine: bool = False  # releases are containers
+    roots: tuple[str, ...] = ()  # for the doctor: model folders that the service must read
+
+
+@dataclass(frozen=True)
 class Facts:
     """The state of a host (`agent.look.facts.facts`)."""
 

@@ -23,6 +23,7 @@ from agent.locks import flock, free
 from agent.look.facts import facts
 from agent.look.prefix import _deletable
 from agent.schema.change import Folders, Release
+from agent.schema.facts import Questions
 from agent.serve import supervised
 from core import files
 
@@ -86,7 +87,7 @@ def test_damaged_supervisor_record_is_reported(tmp_path: Path) -> None:
         manager.stop()
 
 
-ASK = {"pythons": [], "mounts": {}, "places": {}, "packages": [], "metrics_port": 0}
+ASK = Questions()
 
 
 def test_damaged_caches_are_ignored(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from agent.schema.facts import Questions
 from core import files, shell, signature, workspace
 from core.signature import Signed
 from core.stack import Platform
@@ -614,7 +615,7 @@ def test_host_with_signers_refuses_other_bundles(made: tuple[Path, Opened], sign
 def test_host_refuses_a_bundle_before_reading_it(made: tuple[Path, Opened], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even its profiles: the requests to the host and the connection depend only on the operator's hosts.toml."""
     monkeypatch.setenv("HEARTH_HOSTS", str(made[0].with_name("hosts.toml")))
-    asked: list[dict[str, Any]] = []
+    asked: list[Questions] = []
 
     def look(_: object, target: Target, *__: object) -> Facts:
         asked.append(questions(target))
@@ -631,8 +632,8 @@ def test_host_refuses_a_bundle_before_reading_it(made: tuple[Path, Opened], monk
         for name in ("local", "far"):
             with raises("signature", match="it is not signed"):
                 deploy.deploy(name, Options(), bundle=opened)
-    assert [each["pythons"] for each in asked] == [[], []]
-    assert [each["metrics_port"] for each in asked] == [None, 9188]
+    assert [each.pythons for each in asked] == [(), ()]
+    assert [each.metrics_port for each in asked] == [None, 9188]
 
 
 def test_a_bundle_with_other_nodes_is_refused(made: tuple[Path, Opened]) -> None:
