@@ -316,8 +316,8 @@ SIDE_BY_SIDE = """\
 
 Original (thu-ml) and fork (woct0rdho): `setup.py bdist_wheel` with MAX_JOBS and EXT_PARALLEL at the number of cores.
 For 12.1 the fork's leaves out the module `_qattn_sm80`. Hearth: `inv build-kernels`, which builds the fork with that
-module. The default profile, `lean`, leaves out the kernels that ComfyUI does not call on one GPU; `full` has all. Hearth
-also inspects and imports the wheel. The same nvcc, torch and g++.
+module. The default profile, `lean`, has no kernels that ComfyUI does not call on one GPU; `full` has all. Hearth
+also inspects and imports wheels. The same nvcc, torch and g++.
 
 | | original | fork | Hearth | original / Hearth | Hearth, `full` |
 | --- | ---: | ---: | ---: | ---: | ---: |
