@@ -53,7 +53,7 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-m", "not gpu", *five, *session.posargs, env=CACHED)
 
 
-QUICK = "not installer and not toolchain and not gpu and not host"
+QUICK = "not process and not installer and not toolchain and not gpu and not host"
 PARALLEL = (
     "--override-ini",
     "testpaths=tests/unit",
@@ -69,12 +69,15 @@ PARALLEL = (
 @nox.session
 def unit(session: nox.Session) -> None:
     """The tests that call functions. `-- --faults`: every fault of the crash matrix."""
-    session.run("pytest", "-m", f"not process and {QUICK}", *PARALLEL, *session.posargs, env=CACHED)
+    session.run("pytest", "-m", QUICK, *PARALLEL, *session.posargs, env=CACHED)
 
 
 @nox.session
 def pythons(session: nox.Session) -> None:
-    """What neither installs, compiles nor boots, on this machine's other Pythons; each has its environment in .nox/."""
+    """The tests that call functions, on this machine's other Pythons; each has its environment in .nox/.
+
+    What programs do to each other is shown once, in `tests`.
+    """
     found = {version: _interpreter(version) for version in ("3.11", "3.12", "3.13", "3.14")}
     default = ".".join(platform.python_version_tuple()[:2])
     for version in sorted({*found} - {default}):
