@@ -74,6 +74,8 @@ TORCH_LIBRARY(any_operators, m) { m.def("same(Tensor x) -> Tensor", &same); }
 """,
 }
 
+DEFINED = 'm.def("same(Tensor x) -> Tensor", &same);'
+
 
 @pytest.fixture(scope="module")
 def hearth(tmp_path_factory: pytest.TempPathFactory) -> Hearth:
@@ -111,6 +113,14 @@ def test_a_library_and_operators_are_linked_inspected_and_loaded(hearth: Hearth)
     assert "registered 1 operators" in found["imported"]["detail"]
 
 
+def test_a_module_that_nothing_can_load_is_refused(hearth: Hearth) -> None:
+    edit(hearth, "upstream/operators.cpp", DEFINED, "")
+    done = hearth.inv(*BUILD)
+    edit(hearth, "upstream/operators.cpp", "{  }", f"{{ {DEFINED} }}")
+    assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
+    assert "has neither an init function nor an operator" in done.stderr
+
+
 def test_a_module_that_breaks_the_promised_abi_is_refused(hearth: Hearth) -> None:
     edit(hearth, "recipe.toml", 'root = "src"', 'root = "src"\npython = ">=3.10"\nabi = "abi3"')
     edit(hearth, "recipe.toml", "memory_mb", 'torch = ">=2.9"\nstable_torch = true\nmemory_mb')
@@ -122,12 +132,3 @@ def test_a_module_that_breaks_the_promised_abi_is_refused(hearth: Hearth) -> Non
     assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
     assert "any._blas: uses Python outside abi = 'abi3'" in done.stderr
     assert "any._operators: uses torch outside its stable ABI" in done.stderr
-
-
-def test_a_module_that_nothing_can_load_is_refused(hearth: Hearth) -> None:
-    edit(hearth, "recipe.toml", 'torch = ">=2.9"\nstable_torch = true\n', "")
-    edit(hearth, "recipe.toml", 'abi = "abi3"\n', "")
-    edit(hearth, "upstream/operators.cpp", 'm.def("same(Tensor x) -> Tensor", &same);', "")
-    done = hearth.inv(*BUILD)
-    assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
-    assert "has neither an init function nor an operator" in done.stderr

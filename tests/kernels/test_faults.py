@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -186,7 +185,11 @@ def wait_for_a_step(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_interrupted_build_leaves_no_wheel_and_resumes(hearth: Hearth, number: signal.Signals) -> None:
+def test_interrupted_build_leaves_no_wheel_and_resumes(
+    hearth: Hearth, compiled: dict[str, str], number: signal.Signals
+) -> None:
+    """The kill happens while a compiler runs, which lives on."""
+    hearth.env |= compiled if number == signal.SIGINT else {}
     process = hearth.start(*BUILD, "--jobs", "1")
     wait_for_a_step(process)
     process.send_signal(number)
@@ -200,10 +203,9 @@ def test_interrupted_build_leaves_no_wheel_and_resumes(hearth: Hearth, number: s
     assert hearth.inv("wheels").returncode == 0
 
 
+@pytest.mark.usefixtures("quick")
 def test_concurrent_build_waits_and_hits_the_cache(hearth: Hearth) -> None:
-    first = hearth.start(*BUILD)
-    time.sleep(1)
-    second = hearth.start(*BUILD)
+    first, second = hearth.start(*BUILD), hearth.start(*BUILD)
     one, _ = first.communicate(timeout=300)
     two, _ = second.communicate(timeout=300)
     assert first.returncode == second.returncode == 0, one + two
