@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.host import machine
 from tests.host.fleet import Fleet, fresh, unchanged
+from tests.host.small import small
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,19 +53,32 @@ def deployed(fleet: Fleet) -> Fleet:
 
 @pytest.fixture
 def steady(deployed: Fleet) -> Iterator[Fleet]:
-    """The deployed machine. After the test it must be unchanged, and a deploy must find nothing to do."""
+    """The deployed machine. After the test it must be unchanged."""
     with unchanged(deployed):
         yield deployed
 
 
 @pytest.fixture(scope="module")
-def _first_release_returns(deployed: Fleet) -> Iterator[None]:
+def _stand_in(deployed: Fleet) -> Iterator[Fleet]:
+    """The deployed machine, where a stand-in for ComfyUI runs from here to the end of the file."""
     with unchanged(deployed):
-        yield
+        app = small(deployed.place, "small")
+        deployed.env["HEARTH_APP"] = str(app)
+        deployed.becomes()
+        yield deployed
+        del deployed.env["HEARTH_APP"]
+        shutil.rmtree(app)
 
 
 @pytest.fixture
-def healthy(_first_release_returns: None, deployed: Fleet) -> Fleet:
-    """The deployed machine with any release of the file's tests: it is steady after the last one."""
-    deployed.configure()
-    return deployed
+def service(_stand_in: Fleet) -> Iterator[Fleet]:
+    """Like `steady`, but with a stand-in for ComfyUI: for what concerns the service, in the last tests of a file."""
+    with unchanged(_stand_in):
+        yield _stand_in
+
+
+@pytest.fixture
+def healthy(_stand_in: Fleet) -> Fleet:
+    """The same machine with any release of the file's tests: it is steady after the last one."""
+    _stand_in.configure()
+    return _stand_in

@@ -18,6 +18,7 @@ import pytest
 
 from tests import nvml
 from tests.host.fleet import PREFIX, Fleet
+from tests.host.small import small
 from tests.host.test_faults import wait_for_step
 from tests.plans import wheel
 
@@ -156,81 +157,81 @@ def test_damage_and_wrong_torch_are_reported(steady: Fleet) -> None:
     assert any(what.startswith(("a deploy would make env-", "a deploy would send uv")) for what, _ in found["drift"])
 
 
-def test_crash_loop_shows_the_error_line(steady: Fleet) -> None:
+def test_crash_loop_shows_the_error_line(service: Fleet) -> None:
     command = "/bin/sh -c 'echo starting; echo \"ModuleNotFoundError: No module named kornia\" >&2; echo bye; exit 1'"
-    with drop_in(steady, "ExecStart=", f"ExecStart={command}", "RestartSec=100ms"):
-        steady.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
-        what, remedy = only(findings(steady, code=2), "service")
-        status = steady.inv("status", "--host", "spark")
+    with drop_in(service, "ExecStart=", f"ExecStart={command}", "RestartSec=100ms"):
+        service.machine.run("until systemctl is-failed comfyui; do sleep 0.1; done")
+        what, remedy = only(findings(service, code=2), "service")
+        status = service.inv("status", "--host", "spark")
     assert what == "the service failed (exit-code); its log: ModuleNotFoundError: No module named kornia"
     assert remedy == "inv logs --host spark; inv start --host spark"
     assert (status.returncode, "stopped" in status.stdout) == (1, True)
 
 
-def test_crash_loops_and_hanging_starts_are_reported(steady: Fleet) -> None:
+def test_crash_loops_and_hanging_starts_are_reported(service: Fleet) -> None:
     count = f"{PREFIX}/data/output/count"
     script = f'echo >> {count}; [ $(wc -l < {count}) -gt 3 ] && exec sleep 600; echo "RuntimeError: boom" >&2; exit 1'
-    with drop_in(steady, "ExecStart=", f"ExecStart=/bin/sh -c '{script}'", "RestartSec=100ms"):
-        steady.machine.run(f"until [ $(wc -l < {count}) -gt 3 ]; do sleep 0.1; done; rm {count}")
-        what, remedy = only(findings(steady, code=2), "service")
+    with drop_in(service, "ExecStart=", f"ExecStart=/bin/sh -c '{script}'", "RestartSec=100ms"):
+        service.machine.run(f"until [ $(wc -l < {count}) -gt 3 ]; do sleep 0.1; done; rm {count}")
+        what, remedy = only(findings(service, code=2), "service")
     assert what == "the service keeps crashing (3 restarts); its log: RuntimeError: boom"
     assert remedy == "inv logs --host spark; inv rollback --host spark"
-    with drop_in(steady, "ExecStart=", "ExecStart=/bin/sleep 600"):
-        steady.configure("override.start_seconds = 1\n")
+    with drop_in(service, "ExecStart=", "ExecStart=/bin/sleep 600"):
+        service.configure("override.start_seconds = 1\n")
         time.sleep(1.5)
-        what, remedy = only(findings(steady, code=2), "service")
+        what, remedy = only(findings(service, code=2), "service")
     assert what.endswith("but accepts no connections")
     assert remedy == "inv logs --host spark"
 
 
-def test_failed_and_interrupted_deploys_are_reported(steady: Fleet) -> None:
-    app = steady.comfyui("broken", {"main.py": (r"\A", 'raise RuntimeError("broken")\n')})
+def test_failed_and_interrupted_deploys_are_reported(service: Fleet) -> None:
+    app = small(service.place, "broken", 'raise RuntimeError("broken")')
     for flag, how in ((), "failed"), (("--no-trial",), "reverted"):
-        assert steady.deploy(*flag, HEARTH_APP=str(app)).returncode == 66
-        what, remedy = only(findings(steady, code=2), "deployed")
+        assert service.deploy(*flag, HEARTH_APP=str(app)).returncode == 66
+        what, remedy = only(findings(service, code=2), "deployed")
         assert what.startswith(f"the last deploy {how}: release ")
     assert remedy == "inv deploy --host spark"
     since = time.time()
-    client = steady.start("deploy", "--host", "spark", HEARTH_APP=str(app))
-    wait_for_step(steady, "cut over", since)
-    steady.machine.run("systemctl stop comfyui-apply")
-    found = findings(steady, code=2)
-    steady.machine.run("systemctl start comfyui-apply")  # as a boot would
+    client = service.start("deploy", "--host", "spark", HEARTH_APP=str(app))
+    wait_for_step(service, "cut over", since)
+    service.machine.run("systemctl stop comfyui-apply")
+    found = findings(service, code=2)
+    service.machine.run("systemctl start comfyui-apply")  # as a boot would
     client.communicate(timeout=180)
     (what, remedy), *_ = found["deployed"]
     assert re.fullmatch("a deploy by .+ was interrupted", what)
     assert remedy == "inv attach --host spark"
 
 
-def test_hanging_comfyui_is_reported(steady: Fleet) -> None:
-    pid = steady.machine.run("systemctl show comfyui --property=MainPID --value").strip()
-    steady.machine.run(f"kill -STOP {pid}")
-    status = steady.inv("status", "--host", "spark")
-    found = findings(steady, code=2)
-    steady.machine.run(f"kill -CONT {pid}")
+def test_hanging_comfyui_is_reported(service: Fleet) -> None:
+    pid = service.machine.run("systemctl show comfyui --property=MainPID --value").strip()
+    service.machine.run(f"kill -STOP {pid}")
+    status = service.inv("status", "--host", "spark")
+    found = findings(service, code=2)
+    service.machine.run(f"kill -CONT {pid}")
     assert (status.returncode, "silent" in status.stdout) == (1, True)
     what, remedy = only(found, "service")
     assert what.startswith("ComfyUI accepts connections but does not answer")
     assert "inv restart --host spark --force" in remedy
 
 
-def test_port_in_use_is_reported(steady: Fleet) -> None:
-    machine = steady.machine
+def test_port_in_use_is_reported(service: Fleet) -> None:
+    machine = service.machine
     machine.run(f"systemctl stop comfyui; systemd-run --unit=other python3 -m http.server {machine.port}")
     machine.run(f"until ss -ltn | grep -q :{machine.port}; do sleep 0.1; done")
-    found = findings(steady, code=2)
+    found = findings(service, code=2)
     machine.run("systemctl stop other; systemctl start comfyui")
-    assert steady.answers()
+    assert service.answers()
     assert only(found, "port")[0].startswith(f"port {machine.port} is in use by /usr/bin/python3")
     assert only(found, "service") == ("the service is not running (inactive (dead))", "inv start --host spark")
 
 
-def test_slow_start_names_its_cause(steady: Fleet) -> None:
-    with drop_in(steady, "ExecStartPre=/bin/echo Background asset scan initiated", "ExecStartPre=/bin/sleep 20"):
+def test_slow_start_names_its_cause(service: Fleet) -> None:
+    with drop_in(service, "ExecStartPre=/bin/echo Background asset scan initiated", "ExecStartPre=/bin/sleep 20"):
         # longer than any other step of a start, on a busy machine too
-        assert steady.answers()
-        steady.configure("override.start_seconds = 10\n")
-        (what, remedy), *_ = findings(steady, code=1)["start"]
+        assert service.answers()
+        service.configure("override.start_seconds = 10\n")
+        (what, remedy), *_ = findings(service, code=1)["start"]
     assert "of it after: Background asset scan initiated" in what
     assert "--enable-assets" in remedy
 
@@ -253,31 +254,31 @@ KERNEL = """\
 """  # the wording of the kernel (mm/oom_kill.c) and the driver; a container cannot read the real log
 
 
-def test_out_of_memory_in_the_kernel_and_on_the_gpu(steady: Fleet) -> None:
-    with program(steady, "dmesg", f"cat <<'E'\n{KERNEL}E"):
-        found = findings(steady, code=2)
+def test_out_of_memory_in_the_kernel_and_on_the_gpu(service: Fleet) -> None:
+    with program(service, "dmesg", f"cat <<'E'\n{KERNEL}E"):
+        found = findings(service, code=2)
     what, remedy = only(found, "out-of-memory")
     assert "Killed process 4242 (python)" in what
     assert 'modes = ["low-memory"] for spark' in remedy
     assert "Xid (PCI:0000:01:00): 79" in only(found, "gpu-faults")[0]
     refusal = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
-    with drop_in(steady, f'ExecStartPre=/bin/echo "{refusal}"'):
-        assert steady.answers()
-        what, remedy = only(findings(steady, code=2), "out-of-memory")
+    with drop_in(service, f'ExecStartPre=/bin/echo "{refusal}"'):
+        assert service.answers()
+        what, remedy = only(findings(service, code=2), "out-of-memory")
     assert refusal in what
     assert 'modes = ["low-memory"] for spark' in remedy
 
 
-def test_missing_dead_and_unreadable_folders_are_reported(steady: Fleet) -> None:
-    machine = steady.machine
-    steady.configure('mounts."/srv/none" = {}\n')
-    assert any("/srv/none" in what for what, _ in findings(steady, code=2)["storage"])
-    with dead(steady, "/srv/none"):
-        what, remedy = only(findings(steady, code=2), "storage")
+def test_missing_dead_and_unreadable_folders_are_reported(service: Fleet) -> None:
+    machine = service.machine
+    service.configure('mounts."/srv/none" = {}\n')
+    assert any("/srv/none" in what for what, _ in findings(service, code=2)["storage"])
+    with dead(service, "/srv/none"):
+        what, remedy = only(findings(service, code=2), "storage")
         words = (["status"], ["facts"], ["deploy", "--dry-run"], ["tune"], ["stop", "--dry-run"])
-        asked = {each[0]: steady.start(*each, "--host", "spark") for each in words}
+        asked = {each[0]: service.start(*each, "--host", "spark") for each in words}
         said = {name: client.communicate(timeout=60)[0] for name, client in asked.items()}
-        logs = steady.inv("logs", "--host", "spark", "--lines", "1")
+        logs = service.inv("logs", "--host", "spark", "--lines", "1")
     assert what == "/srv/none does not answer"
     assert remedy.startswith("on the host: umount --lazy")
     assert {name: client.returncode for name, client in asked.items()} == {
@@ -285,64 +286,64 @@ def test_missing_dead_and_unreadable_folders_are_reported(steady: Fleet) -> None
     }  # fmt: skip
     assert all("/srv/none does not answer" in each for each in said.values())
     assert logs.returncode == 0
-    steady.configure()
+    service.configure()
     machine.run(f"rmdir /srv/none; chmod 700 {PREFIX}/data/output; chown root:root {PREFIX}/data/output")
-    found = findings(steady, code=2)
+    found = findings(service, code=2)
     machine.run(f"chown comfyui:comfyui-members {PREFIX}/data/output; chmod 2770 {PREFIX}/data/output")
     what, remedy = only(found, "access")
     assert what == f"comfyui cannot write {PREFIX}/data/output"
     assert remedy == f"on the host: chown -R comfyui: {PREFIX}/data/output"
 
 
-def test_wrong_clock_is_reported(steady: Fleet) -> None:
-    library = steady.machine.root / "usr/local/lib/clock.so"
+def test_wrong_clock_is_reported(service: Fleet) -> None:
+    library = service.machine.root / "usr/local/lib/clock.so"
     words = ["gcc", "-shared", "-fPIC", "-Wall", "-Werror", "-x", "c", "-", "-o", str(library), "-ldl"]
     subprocess.run(words, input=AHEAD, text=True, check=True)
-    steady.machine.run("echo /usr/local/lib/clock.so > /etc/ld.so.preload")
-    found = findings(steady, code=1)
-    steady.machine.run("rm /etc/ld.so.preload /usr/local/lib/clock.so")
+    service.machine.run("echo /usr/local/lib/clock.so > /etc/ld.so.preload")
+    found = findings(service, code=1)
+    service.machine.run("rm /etc/ld.so.preload /usr/local/lib/clock.so")
     what, remedy = only(found, "clock")
     assert re.fullmatch(r"its clock is (2 h 00|1 h 59) min ahead of this machine's", what)
     assert remedy == "on the host: timedatectl set-ntp true"
 
 
-def test_full_disks(steady: Fleet) -> None:
-    machine = steady.machine
+def test_full_disks(service: Fleet) -> None:
+    machine = service.machine
     machine.run("mkdir -p /srv/inodes/out; chown comfyui: /srv/inodes/out")
     machine.run("i=0; while touch /srv/inodes/out/$i 2>/dev/null; do i=$((i+1)); done")
-    steady.configure('folders.output = "/srv/inodes/out"\n')
-    (what, remedy), *_ = findings(steady, code=1)["disk"]
+    service.configure('folders.output = "/srv/inodes/out"\n')
+    (what, remedy), *_ = findings(service, code=1)["disk"]
     machine.run("rm -r /srv/inodes/out; mkdir -p /srv/blocks/out; chown comfyui: /srv/blocks/out")
     assert "inodes left at /srv/inodes/out" in what
     assert remedy.startswith("on the host: du --inodes")
     machine.run("head -c 400M /dev/zero > /srv/blocks/filler 2>/dev/null || true")
-    steady.configure('folders.output = "/srv/blocks/out"\n')
-    found = findings(steady, code=2)
+    service.configure('folders.output = "/srv/blocks/out"\n')
+    found = findings(service, code=2)
     machine.run("rm -r /srv/blocks/out /srv/blocks/filler")
     assert any("left at /srv/blocks/out" in what for what, _ in found["disk"])
 
 
-def test_a_gpu_that_is_missing_and_kernels_for_another(steady: Fleet) -> None:
-    steady.configure("override.cuda = true\n")
-    found = findings(steady, code=2)
+def test_a_gpu_that_is_missing_and_kernels_for_another(service: Fleet) -> None:
+    service.configure("override.cuda = true\n")
+    found = findings(service, code=2)
     assert "shows none" in only(found, "driver")[0]
     assert only(found, "cuda")[0] == "ComfyUI finds no CUDA device and computes on cpu"
-    steady.machine.run("systemctl stop comfyui")
-    found = findings(steady, code=2)
-    steady.machine.run("systemctl start comfyui")
-    assert steady.answers()
+    service.machine.run("systemctl stop comfyui")
+    found = findings(service, code=2)
+    service.machine.run("systemctl start comfyui")
+    assert service.answers()
     said = ("torch cannot use CUDA: torch 2.14.1+cu130 finds no device", "inv gpu-access --host spark")
     assert only(found, "cuda") == said
-    steady.configure('override.kernels = ["sageattention"]\noverride.arch = "8.9"\n')
-    what, remedy = only(findings(steady, code=2), "kernels")
+    service.configure('override.kernels = ["sageattention"]\noverride.arch = "8.9"\n')
+    what, remedy = only(findings(service, code=2), "kernels")
     assert what.startswith("the wheelhouse has no sageattention for 8.9")
     assert remedy.startswith("inv build-kernels --kernel sageattention --arch 8.9")
-    house = steady.place / "wheelhouse"
+    house = service.place / "wheelhouse"
     house.mkdir(exist_ok=True)
     newer = wheel("sageattention", arch="8.9", python="3.11", platform="linux_x86_64", glibc="2.99")
     (house / newer.file).write_bytes(b"x")
     (house / f"{newer.file}.json").write_bytes(msgspec.json.encode(newer))
-    what, _ = only(findings(steady, code=2), "kernels")
+    what, _ = only(findings(service, code=2), "kernels")
     shutil.rmtree(house)
     assert what == "sageattention.whl needs glibc 2.99, the host has 2.36"
 
@@ -361,20 +362,20 @@ def gpu(fleet: Fleet, machine: str, *edits: tuple[str, str]) -> Iterator[None]:
         recording.unlink()
 
 
-def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
-    steady.configure("override.cuda = true\n")
-    other = steady.machine.run(
+def test_a_gpu_with_an_old_driver_that_others_use(service: Fleet) -> None:
+    service.configure("override.cuda = true\n")
+    other = service.machine.run(
         "systemd-run --quiet --unit=trainer sleep 600; systemctl show trainer -p MainPID --value"
     )
-    with gpu(steady, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
-        found = findings(steady, code=2)
-        shown = steady.inv("status", "--host", "spark").stdout
-    with gpu(steady, "rtx-4070", ("driver", "580.95.05"), ("compute", f"{other.strip()} 3000000000")):
-        dry = steady.deploy("--dry-run")
+    with gpu(service, "rtx-4070", ("driver", "550.54.14"), ("compute", f"{other.strip()} 3000000000")):
+        found = findings(service, code=2)
+        shown = service.inv("status", "--host", "spark").stdout
+    with gpu(service, "rtx-4070", ("driver", "580.95.05"), ("compute", f"{other.strip()} 3000000000")):
+        dry = service.deploy("--dry-run")
         assert dry.returncode == 2, dry.stderr
-    with gpu(steady, "rtx-4070", ("temperature", "!999")):
-        told = findings(steady, code=2)["gpu-shared"]
-    steady.machine.run("systemctl stop trainer")
+    with gpu(service, "rtx-4070", ("temperature", "!999")):
+        told = findings(service, code=2)["gpu-shared"]
+    service.machine.run("systemctl stop trainer")
     assert only(found, "driver")[0] == "the driver is 550.54.14, but CUDA 13.0 needs 580.65.06"
     what, remedy = only(found, "gpu-shared")
     assert what == f"other processes use GPU 0: sleep (pid {other.strip()}, root, 3.0 GB)"
@@ -384,17 +385,17 @@ def test_a_gpu_with_an_old_driver_that_others_use(steady: Fleet) -> None:
     assert any(what.startswith("GPU 0 does not report everything: temperature") for what, _ in told)
 
 
-def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(steady: Fleet) -> None:
-    machine = steady.machine
+def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(service: Fleet) -> None:
+    machine = service.machine
     release = f"{PREFIX}/current/release.json"
     machine.run(f"cp {release} /root/release.json")
     text = json.loads(machine.run(f"cat {release}"))
     text["wheels"] = {"sageattention": {"file": "-", "sha256": "-", "arch": "12.1", "cuda": "", "compilers": {}}}
-    (steady.prefix / "releases" / steady.current() / "release.json").write_text(json.dumps(text))
-    with gpu(steady, "rtx-4070"), program(steady, "docker", "exit 0"):
-        found = findings(steady, code=2)
-        with program(steady, "nvidia-ctk", '[ "$1" = cdi ] || echo "NVIDIA Container Toolkit CLI version 1.17.4"'):
-            old = findings(steady, code=2)
+    (service.prefix / "releases" / service.current() / "release.json").write_text(json.dumps(text))
+    with gpu(service, "rtx-4070"), program(service, "docker", "exit 0"):
+        found = findings(service, code=2)
+        with program(service, "nvidia-ctk", '[ "$1" = cdi ] || echo "NVIDIA Container Toolkit CLI version 1.17.4"'):
+            old = findings(service, code=2)
     machine.run(f"cp /root/release.json {release}")
     what, remedy = only(found, "kernels")
     assert what == "sageattention was built for 12.1, but the GPU is 8.9"
@@ -412,14 +413,14 @@ def test_kernels_for_another_gpu_without_a_compiler_and_a_container_without_one(
     ]
 
 
-def test_unified_memory_that_the_page_cache_holds(steady: Fleet) -> None:
+def test_unified_memory_that_the_page_cache_holds(service: Fleet) -> None:
     lines = {"MemTotal": 120, "MemFree": 5, "MemAvailable": 60, "Cached": 70, "SwapTotal": 16, "SwapFree": 4}
     text = "".join(f"{name}: {value * 1_000_000} kB\n" for name, value in lines.items())
-    (steady.machine.root / "root/meminfo").write_text(text)
-    steady.machine.run("mount --bind /root/meminfo /proc/meminfo")
-    with gpu(steady, "gb10"):
-        found = findings(steady, code=1)
-    steady.machine.run("umount /proc/meminfo; rm /root/meminfo")
+    (service.machine.root / "root/meminfo").write_text(text)
+    service.machine.run("mount --bind /root/meminfo /proc/meminfo")
+    with gpu(service, "gb10"):
+        found = findings(service, code=1)
+    service.machine.run("umount /proc/meminfo; rm /root/meminfo")
     (cache, drop), (swap, tune) = found["unified-memory"]
     assert cache == "the page cache holds 71.7 GB of 122.9 GB; 5.1 GB is free"
     assert drop == "inv drop-caches --host spark"

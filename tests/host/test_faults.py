@@ -1,6 +1,7 @@
 """Interruptions on a real host: after any of them, the old or the new release is in service.
 
-Based on ostree's tests/inst/src/destructive.rs. `--faults` runs every kind at every step and at random times.
+Based on ostree's tests/inst/src/destructive.rs. `--faults` runs every kind at every step and at random times. At random
+times the new release is the real ComfyUI, otherwise both are its stand-in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from agent.journal import events as lines
 from tests.errors import kind_of
 from tests.host import machine
 from tests.host.fleet import Fleet, fresh, within
-from tests.host.test_deploy import broken
+from tests.host.small import small
 
 pytestmark = pytest.mark.host
 
@@ -90,8 +91,10 @@ def cases() -> Iterator[object]:
 def other(deployed: Fleet, request: pytest.FixtureRequest) -> Iterator[Path]:
     """Another healthy ComfyUI with a tree that is new to the host, so that every step has work to do."""
     name = re.sub(r"\W", "-", request.node.name)
-    yield deployed.comfyui(name, {"README.md": (r"\A", f"{name}\n")})
-    shutil.rmtree(deployed.place / "apps" / name)
+    real = "when" in request.fixturenames and not isinstance(request.getfixturevalue("when"), str)
+    app = deployed.comfyui(name, {"README.md": (r"\A", f"{name}\n")}) if real else small(deployed.place, name)
+    yield app
+    shutil.rmtree(app)
 
 
 def journal(fleet: Fleet, since: float) -> list[dict[str, object]]:
@@ -198,7 +201,7 @@ def test_an_upload_for_a_host_that_another_client_has_changed_is_refused(healthy
 
 def half_uploaded(fleet: Fleet) -> tuple[Popen[str], Path]:
     """A client, stopped by SIGSTOP while it uploads a ComfyUI with a large file; and that ComfyUI."""
-    folder = fleet.comfyui(f"large-{time.monotonic_ns()}", {})
+    folder = small(fleet.place, f"large-{time.monotonic_ns()}")
     (folder / "src/large.bin").write_bytes(os.urandom(60_000_000))  # new to the host
     incoming, end = fleet.prefix / "state/incoming", time.monotonic() + 60
     before = set(incoming.glob("*.part"))
@@ -316,7 +319,7 @@ def test_kill_during_rollback_of_a_migrated_database(healthy: Fleet, when: float
     """The health gate takes 3 s, so the times reach from the gate to the end of the revert."""
     old, tables, before = healthy.current(), healthy.database(), len(ended(healthy))
     healthy.configure("[hosts.spark.override]\nstart_seconds = 3\n")
-    app = healthy.comfyui(f"migrates-{when}", broken(MIGRATES))
+    app = small(healthy.place, f"migrates-{when}", MIGRATES)
     client = healthy.start("deploy", "--host", "spark", "--no-trial", HEARTH_APP=str(app))
     wait_until(lambda: healthy.current() != old, 120)
     if isinstance(when, int):

@@ -1,4 +1,7 @@
-"""A service under systemd: stopped, paused, inspected and finally removed, on a separate machine."""
+"""A service under systemd: stopped, paused, inspected and finally removed, on a separate machine.
+
+It is a stand-in for ComfyUI.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.host.fleet import PREFIX, Fleet, fresh
+from tests.host.small import small
 from tests.host.test_deploy import at_a_terminal, submit
 from tests.host.test_faults import kill_agent
 
@@ -22,16 +26,12 @@ PEOPLE = 'members = ["anna"]\nmembers_may = ["restart"]\nfolders.input = "/srv/p
 
 @pytest.fixture(scope="module")
 def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A machine with members, a mount by Hearth, and a ComfyUI that can be slow: EmptyImage of width 65."""
+    """A machine with members, a mount by Hearth, and a stand-in that can be slow: EmptyImage of width 65."""
     with fresh(tmp_path_factory.mktemp("lone"), "lifecycle", Fleet) as fleet:
         fleet.machine.add_disk("vault", "400M")
         fleet.machine.boot()
         fleet.machine.run("useradd anna")
-        wait = "import time; time.sleep(12 if width == 65 else 0)"
-        slow = {
-            "nodes.py": (r"(def generate\(self, width, height, batch_size=1, color=0\):\n)", rf"\1        {wait}\n")
-        }
-        fleet.env["HEARTH_APP"] = str(fleet.comfyui("slow", slow))
+        fleet.env["HEARTH_APP"] = str(small(fleet.place, "slow"))
         fleet.configure(PEOPLE + MOUNT)
         done = fleet.deploy()
         assert done.returncode == 0, done.stderr

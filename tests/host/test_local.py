@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.errors import kind_of
 from tests.host import slurm
 from tests.host.fleet import link_environment
 from tests.host.machine import NEEDS, SITE, free_port, place_for
+from tests.host.small import small
 
 pytestmark = [pytest.mark.host, pytest.mark.needs(*NEEDS)]
 
@@ -38,10 +39,11 @@ class Here(Client):
     prefix: Path
     hosts: Path
     port: int
+    env: dict[str, str] = field(default_factory=dict)
 
     def variables(self) -> dict[str, str]:
         path = f"/usr/bin:{os.environ['PATH']}"  # Debian's Python, as in the environment that hosts share
-        return {"HEARTH_HOSTS": str(self.hosts), "PATH": path}
+        return {"HEARTH_HOSTS": str(self.hosts), "PATH": path, **self.env}
 
     def configure(self, text: str = "") -> None:
         self.hosts.write_text(
@@ -134,40 +136,6 @@ def test_gpu_is_shown_and_memory_is_freed(running: Here, tmp_path: Path) -> None
         assert dropped.returncode in (63, 69), dropped.stderr
 
 
-def test_crashed_comfyui_is_restarted(running: Here) -> None:
-    before = running.supervisor()
-    os.kill(before["child"], signal.SIGKILL)
-    end = time.monotonic() + 30
-    while running.supervisor()["child"] == before["child"] and time.monotonic() < end:
-        time.sleep(0.1)
-    assert running.supervisor()["restarts"] == before["restarts"] + 1
-    assert running.answers(60)
-
-
-def test_deploy_restarts_a_killed_supervisor(running: Here) -> None:
-    record = running.supervisor()
-    os.kill(record["pid"], signal.SIGKILL)
-    os.kill(record["child"], signal.SIGKILL)
-    plan = running.inv("deploy", "--dry-run")
-    assert plan.returncode == 2
-    assert "start comfyui" in plan.stderr
-    done = running.inv("deploy")
-    assert done.returncode == 0, done.stderr
-    assert running.answers(1)
-
-
-def test_damaged_part_is_rebuilt_and_comfyui_restarted(running: Here) -> None:
-    before = running.supervisor()
-    part = (running.prefix / "current/app").resolve()
-    (part / "nodes.py").chmod(0o644)
-    (part / "nodes.py").write_text("broken\n")
-    done = running.inv("deploy", "--no-trial")
-    assert done.returncode == 0, done.stderr
-    assert "it was changed after it was made" in done.stderr
-    assert running.supervisor()["child"] != before["child"]
-    assert (part / "nodes.py").stat().st_mode & 0o222 == 0
-
-
 def test_deploy_continues_without_its_client(running: Here) -> None:
     before = (running.prefix / "current").readlink()
     running.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
@@ -189,36 +157,6 @@ def test_deploy_continues_without_its_client(running: Here) -> None:
     back = running.inv("rollback", "--no-trial")
     assert back.returncode == 0, back.stderr
     assert (running.prefix / "current").readlink() == before
-
-
-def test_supervised_comfyui_waits_for_mounts(running: Here, tmp_path: Path) -> None:
-    pool = tmp_path / "pool"
-    pool.mkdir()
-    before = (running.prefix / "current").readlink()
-    mount = ["mount", "-t", "tmpfs", "pool", str(pool)]
-    running.configure(f'mounts."{pool}" = {{}}\nfolders.output = "{pool}/out"\n')
-    assert running.inv("deploy").returncode == 63
-    subprocess.run(mount, check=True)
-    try:
-        done = running.inv("deploy", "--no-trial")
-        assert done.returncode == 0, done.stderr
-        assert (pool / "out").is_dir()
-        child = running.supervisor()["child"]
-        subprocess.run(["umount", "--lazy", str(pool)], check=True)
-        end = time.monotonic() + 40
-        while Path(f"/proc/{child}").exists() and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not running.answers(3)
-        assert not list(pool.iterdir())
-        assert f"waiting for {pool} to be mounted" in (running.prefix / "state/comfyui.log").read_text()
-        subprocess.run(mount, check=True)
-        (pool / "out").mkdir()
-        assert running.answers(60)
-        running.configure()
-        assert running.inv("deploy", "--no-trial").returncode == 0
-        assert (running.prefix / "current").readlink() == before
-    finally:
-        subprocess.run(["umount", "--lazy", str(pool)], check=False)
 
 
 def test_changed_address_port_and_tls_can_be_rolled_back(running: Here, tmp_path: Path) -> None:
@@ -311,6 +249,7 @@ def test_tutorial_commands_work(running: Here, tmp_path: Path) -> None:
             running.configure(text)
             continue
         text = text.replace("uv run inv", f"{sys.executable} -m invoke").replace(":8188", f":{running.port}")
+        text = re.sub(r"-m invoke (deploy|rollback)$", r"\g<0> --no-trial", text, flags=re.MULTILINE)  # starts twice
         if "nodes.remove" in text:
             running.configure()
         done = subprocess.run(
@@ -343,37 +282,6 @@ def test_releases_and_history_and_hosts(running: Here) -> None:
         assert plain.stdout.strip()
         shown = running.inv(*words, "--json")
         assert json.loads(shown.stdout)
-
-
-def test_stop_start_restart_pause_and_resume(running: Here) -> None:
-    assert running.inv("start").stdout == "local: nothing to do, ComfyUI is running\n"
-    dry = running.inv("stop", "--dry-run")
-    assert (dry.returncode, "stop comfyui until inv start" in dry.stderr) == (2, True), dry.stderr
-    assert running.answers(1)
-    child = running.supervisor()["child"]
-    again = running.inv("restart")
-    assert again.returncode == 0, again.stderr
-    assert "answers after" in again.stderr
-    assert running.supervisor()["child"] != child
-    assert running.inv("stop").returncode == 0
-    assert not running.answers(0.5)
-    assert "nothing to do" in running.inv("stop").stdout
-    started = running.inv("start")
-    assert (started.returncode, "answers after" in started.stderr) == (0, True), started.stderr
-
-    assert running.inv("pause").returncode == 0
-    assert "nothing to do" in running.inv("pause").stdout
-    for words in (("start",), ("restart",), ("deploy",)):
-        refused = running.inv(*words)
-        assert refused.returncode == 63, refused.stderr
-        assert "comfyui was paused by " in refused.stderr
-        assert "next:  inv resume --host local" in refused.stderr
-    assert "was paused by" in running.inv("status").stdout
-    assert not running.answers(0.5)
-    resumed = running.inv("resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert running.answers(1)
-    assert running.inv("deploy", "--dry-run").returncode == 0
 
 
 def test_the_supervisors_log(running: Here) -> None:
@@ -446,39 +354,6 @@ def test_jobs_show_results_and_a_hanging_comfyui(running: Here) -> None:
     assert "ComfyUI accepts connections but does not answer" in silent.stderr
 
 
-def test_failed_start_shows_the_log(running: Here) -> None:
-    main = running.prefix / "current/app/main.py"
-    mode, text = main.stat().st_mode, main.read_text()
-    main.chmod(0o644)
-    try:
-        main.write_text(f"print('I am broken', flush=True); raise SystemExit(3)\n{text}")
-        broken = running.inv("restart")
-    finally:
-        main.write_text(text)
-    assert (broken.returncode, kind_of(broken.stderr)) == (69, "no-answer"), broken.stderr
-    assert "| I am broken" in broken.stderr
-    assert json.loads(running.inv("history", "--json").stdout)[-1]["result"] == "failed"
-    main.chmod(mode)
-    mended = running.inv("deploy", "--no-trial")  # the file differs at least in its time
-    assert mended.returncode == 0, mended.stderr
-
-
-def test_deploy_restores_a_removed_service(running: Here) -> None:
-    release = (running.prefix / "current").readlink()
-    done = running.inv("remove", "--yes")
-    assert done.returncode == 0, done.stderr
-    assert not running.answers(0.5)
-    assert sorted(path.name for path in running.prefix.iterdir()) == ["data", "parts", "releases", "state"]
-    assert "nothing to do" in running.inv("remove").stdout
-    assert "nothing is in service on local" in running.inv("start").stderr
-    running.choose()
-    back = running.inv("deploy")
-    assert back.returncode == 0, back.stderr
-    assert "make " not in back.stderr
-    assert (running.prefix / "current").readlink() == release
-    assert [each["action"] for each in json.loads(running.inv("history", "--json").stdout)][-2:] == ["remove", "deploy"]
-
-
 @pytest.mark.needs("slurmctld", "munged", "root")
 def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> None:
     """The host's port is in use on the node, so the job has another; the database is one for all, so jobs wait."""
@@ -515,9 +390,146 @@ def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> Non
         assert running.inv("start").returncode == 0
 
 
-def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
+@pytest.fixture(scope="module")
+def service(running: Here) -> Here:
+    """The same prefix, where a stand-in for ComfyUI runs from here to the end of this file."""
+    running.env["HEARTH_APP"] = str(small(running.hosts.parent, "small"))
+    done = running.inv("deploy", "--no-trial")
+    assert done.returncode == 0, done.stderr
+    return running
+
+
+def test_crashed_comfyui_is_restarted(service: Here) -> None:
+    before = service.supervisor()
+    os.kill(before["child"], signal.SIGKILL)
+    end = time.monotonic() + 30
+    while service.supervisor()["child"] == before["child"] and time.monotonic() < end:
+        time.sleep(0.1)
+    assert service.supervisor()["restarts"] == before["restarts"] + 1
+    assert service.answers(60)
+
+
+def test_deploy_restarts_a_killed_supervisor(service: Here) -> None:
+    record = service.supervisor()
+    os.kill(record["pid"], signal.SIGKILL)
+    os.kill(record["child"], signal.SIGKILL)
+    plan = service.inv("deploy", "--dry-run")
+    assert plan.returncode == 2
+    assert "start comfyui" in plan.stderr
+    done = service.inv("deploy")
+    assert done.returncode == 0, done.stderr
+    assert service.answers(1)
+
+
+def test_damaged_part_is_rebuilt_and_comfyui_restarted(service: Here) -> None:
+    before = service.supervisor()
+    part = (service.prefix / "current/app").resolve()
+    (part / "main.py").chmod(0o644)
+    (part / "main.py").write_text("broken\n")
+    done = service.inv("deploy", "--no-trial")
+    assert done.returncode == 0, done.stderr
+    assert "it was changed after it was made" in done.stderr
+    assert service.supervisor()["child"] != before["child"]
+    assert (part / "main.py").stat().st_mode & 0o222 == 0
+
+
+def test_supervised_comfyui_waits_for_mounts(service: Here, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    before = (service.prefix / "current").readlink()
+    mount = ["mount", "-t", "tmpfs", "pool", str(pool)]
+    service.configure(f'mounts."{pool}" = {{}}\nfolders.output = "{pool}/out"\n')
+    assert service.inv("deploy").returncode == 63
+    subprocess.run(mount, check=True)
+    try:
+        done = service.inv("deploy", "--no-trial")
+        assert done.returncode == 0, done.stderr
+        assert (pool / "out").is_dir()
+        child = service.supervisor()["child"]
+        subprocess.run(["umount", "--lazy", str(pool)], check=True)
+        end = time.monotonic() + 40
+        while Path(f"/proc/{child}").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not service.answers(3)
+        assert not list(pool.iterdir())
+        assert f"waiting for {pool} to be mounted" in (service.prefix / "state/comfyui.log").read_text()
+        subprocess.run(mount, check=True)
+        (pool / "out").mkdir()
+        assert service.answers(60)
+        service.configure()
+        assert service.inv("deploy", "--no-trial").returncode == 0
+        assert (service.prefix / "current").readlink() == before
+    finally:
+        subprocess.run(["umount", "--lazy", str(pool)], check=False)
+
+
+def test_stop_start_restart_pause_and_resume(service: Here) -> None:
+    assert service.inv("start").stdout == "local: nothing to do, ComfyUI is running\n"
+    dry = service.inv("stop", "--dry-run")
+    assert (dry.returncode, "stop comfyui until inv start" in dry.stderr) == (2, True), dry.stderr
+    assert service.answers(1)
+    child = service.supervisor()["child"]
+    again = service.inv("restart")
+    assert again.returncode == 0, again.stderr
+    assert "answers after" in again.stderr
+    assert service.supervisor()["child"] != child
+    assert service.inv("stop").returncode == 0
+    assert not service.answers(0.5)
+    assert "nothing to do" in service.inv("stop").stdout
+    started = service.inv("start")
+    assert (started.returncode, "answers after" in started.stderr) == (0, True), started.stderr
+
+    assert service.inv("pause").returncode == 0
+    assert "nothing to do" in service.inv("pause").stdout
+    for words in (("start",), ("restart",), ("deploy",)):
+        refused = service.inv(*words)
+        assert refused.returncode == 63, refused.stderr
+        assert "comfyui was paused by " in refused.stderr
+        assert "next:  inv resume --host local" in refused.stderr
+    assert "was paused by" in service.inv("status").stdout
+    assert not service.answers(0.5)
+    resumed = service.inv("resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert service.answers(1)
+    assert service.inv("deploy", "--dry-run").returncode == 0
+
+
+def test_failed_start_shows_the_log(service: Here) -> None:
+    main = service.prefix / "current/app/main.py"
+    mode, text = main.stat().st_mode, main.read_text()
+    main.chmod(0o644)
+    try:
+        main.write_text(f"print('I am broken', flush=True); raise SystemExit(3)\n{text}")
+        broken = service.inv("restart")
+    finally:
+        main.write_text(text)
+    assert (broken.returncode, kind_of(broken.stderr)) == (69, "no-answer"), broken.stderr
+    assert "| I am broken" in broken.stderr
+    assert json.loads(service.inv("history", "--json").stdout)[-1]["result"] == "failed"
+    main.chmod(mode)
+    mended = service.inv("deploy", "--no-trial")  # the file differs at least in its time
+    assert mended.returncode == 0, mended.stderr
+
+
+def test_deploy_restores_a_removed_service(service: Here) -> None:
+    release = (service.prefix / "current").readlink()
+    done = service.inv("remove", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert not service.answers(0.5)
+    assert sorted(path.name for path in service.prefix.iterdir()) == ["data", "parts", "releases", "state"]
+    assert "nothing to do" in service.inv("remove").stdout
+    assert "nothing is in service on local" in service.inv("start").stderr
+    service.choose()
+    back = service.inv("deploy")
+    assert back.returncode == 0, back.stderr
+    assert "make " not in back.stderr
+    assert (service.prefix / "current").readlink() == release
+    assert [each["action"] for each in json.loads(service.inv("history", "--json").stdout)][-2:] == ["remove", "deploy"]
+
+
+def test_killed_nuke_resumes_and_keeps_data_and_mounts(service: Here) -> None:
     """The last test in this file: afterwards nothing is deployed."""
-    prefix, pool = running.prefix, place_for("pool")  # on the same file system
+    prefix, pool = service.prefix, place_for("pool")  # on the same file system
     (pool / "weights").mkdir(parents=True)
     (pool / "weights/large").write_text("kept")
     inside = prefix / "data/models/pool"
@@ -528,11 +540,11 @@ def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
     subprocess.run(["mount", "--bind", str(pool), str(inside)], check=True)  # the same file system: only /proc tells
     try:
         (prefix / "state/adopted.jsonl").touch()
-        adopted = running.inv("nuke", "--yes")
+        adopted = service.inv("nuke", "--yes")
         (prefix / "state/adopted.jsonl").unlink()
         assert (adopted.returncode, "inv adopt --host local --undo" in adopted.stderr) == (63, True), adopted.stderr
 
-        client = running.start("nuke", "--yes")
+        client = service.start("nuke", "--yes")
         journal = b""
         end = time.monotonic() + 60
         while b"delete current" not in journal and time.monotonic() < end:
@@ -542,21 +554,21 @@ def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
         client.kill()
         client.communicate()
         assert (prefix / "state/pending.json").exists()
-        other = running.inv("nuke", "--yes")
+        other = service.inv("nuke", "--yes")
         assert other.returncode in (63, 64), other.stderr
         assert "nuke" in other.stderr
-        watched = running.inv("attach")
+        watched = service.inv("attach")
         assert watched.returncode == 0, watched.stderr
         assert sorted(path.name for path in prefix.iterdir()) == ["data", "notes.txt"]
         assert (prefix / "data/output/art.png").read_text() == "art"
-        assert running.inv("nuke").stdout.startswith("local: nothing to do")
-        assert running.inv("attach").stderr == "no change was ever made on local\n"
+        assert service.inv("nuke").stdout.startswith("local: nothing to do")
+        assert service.inv("attach").stderr == "no change was ever made on local\n"
 
-        unnamed = running.inv("nuke", "--data", "--yes")
+        unnamed = service.inv("nuke", "--data", "--yes")
         assert (unnamed.returncode, "the host's name was not typed" in unnamed.stderr) == (63, True), unnamed.stderr
-        wrong = running.inv("nuke", "--data", "--yes-delete-data-of", "spark")
+        wrong = service.inv("nuke", "--data", "--yes-delete-data-of", "spark")
         assert (wrong.returncode, (prefix / "data/output/art.png").exists()) == (15, True), wrong.stderr
-        gone = running.inv("nuke", "--data", "--yes-delete-data-of", "local")
+        gone = service.inv("nuke", "--data", "--yes-delete-data-of", "local")
         assert gone.returncode == 0, gone.stderr
         assert f"kept, it is mounted: {inside}" in gone.stderr
         assert f"kept, it is not Hearth's: {prefix}/notes.txt" in gone.stderr
@@ -566,7 +578,7 @@ def test_killed_nuke_resumes_and_keeps_data_and_mounts(running: Here) -> None:
             "notes.txt",
         ]  # fmt: skip
         assert (pool / "weights/large").read_text() == "kept"
-        assert running.inv("nuke", "--data", "--yes-delete-data-of", "local").stdout.startswith("local: nothing to do")
+        assert service.inv("nuke", "--data", "--yes-delete-data-of", "local").stdout.startswith("local: nothing to do")
     finally:
         subprocess.run(["umount", "--lazy", str(inside)], check=False)
         shutil.rmtree(pool, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Network failures: dropped packets, a broken upload, a slow link.
+"""Network failures: dropped packets, a broken upload, a slow link. What is deployed is a stand-in for ComfyUI.
 
 The client and the machine each have a network namespace, connected by a virtual cable: this machine's own network is
 not affected.
@@ -18,6 +18,7 @@ import pytest
 from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import LOGIN, place_for
 from tests.host.replica import Replica
+from tests.host.small import small
 from tests.host.test_faults import cut_connection, journal, wait_for_step
 
 pytestmark = pytest.mark.host
@@ -87,6 +88,8 @@ def linked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     try:
         machine.boot()
         fleet.plug_in()
+        fleet.env["HEARTH_APP"] = str(small(fleet.place, "small"))
+        fleet.becomes()
         yield fleet
     finally:
         machine.discard()
@@ -127,7 +130,7 @@ def ends_by_itself(client: subprocess.Popen[str]) -> str:
 
 
 def test_silent_network_ends_the_client_but_not_the_deploy(distant: Distant) -> None:
-    app = str(distant.comfyui("silent", {"README.md": (r"\A", "another\n")}))
+    app = str(small(distant.place, "silent"))
     since = time.time()
     client = distant.start("deploy", "--host", "spark", HEARTH_APP=app)
     wait_for_step(distant, "make app", since)
@@ -147,7 +150,7 @@ def test_silent_network_ends_the_client_but_not_the_deploy(distant: Distant) -> 
 
 def test_silent_network_during_upload_ends_the_client(distant: Distant) -> None:
     """The host still waits for the interrupted upload; the next client does not."""
-    folder = distant.comfyui("large", {})
+    folder = small(distant.place, "large")
     (folder / "src/large.bin").write_bytes(random.Random(1).randbytes(20_000_000))
     distant.slow("16mbit")
     client = distant.start("deploy", "--host", "spark", HEARTH_APP=str(folder))

@@ -33,6 +33,7 @@ from tests.host import replica
 from tests.host.fleet import PREFIX, Fleet, within
 from tests.host.machine import place_for
 from tests.host.replica import Replica
+from tests.host.small import small
 from tests.host.test_deploy import broken
 from tests.host.test_faults import MIGRATES
 
@@ -250,7 +251,7 @@ def test_power_loss_during_an_update(
 ) -> None:
     with tower(tmp_path, images, kind, original) as fleet:
         old, data = fleet.current(), fleet.data()
-        app = str(fleet.comfyui("other", {"README.md": (r"\A", "another\n")}))
+        app = str(small(fleet.place, "other"))
         random_ = chance(request)
         client = fleet.start("deploy", "--host", "spark", HEARTH_APP=app)
         found = cuts(fleet, client, 6, random_)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from core.stack import stacks
 from tests.errors import kind_of
 from tests.host.fleet import Fleet, fresh
 from tests.host.replica import scratch
+from tests.host.small import small
 from tests.unit.test_bundle import SIX
 
 pytestmark = pytest.mark.host
@@ -70,45 +70,9 @@ def test_check_reaches_every_host(deployed: Fleet) -> None:
     assert f"spark: reachable, debian 12, x86_64, release {deployed.current()}" in done.stderr
 
 
-SMALL = """\
-import http.server, json, struct, sys
-import six
-import comfyui_version
-
-PICTURE = b"\\x89PNG\\r\\n\\x1a\\n" + struct.pack(">I4sII", 13, b"IHDR", 64, 64)
-SYSTEM = {"comfyui_version": comfyui_version.__version__, "pytorch_version": "TORCH", "argv": sys.argv}
-PROOF = {"status": {}, "outputs": {"2": {"images": [{"filename": "a.png", "subfolder": "", "type": "output"}]}}}
-ANSWERS = {
-    "system_stats": {"system": SYSTEM, "devices": [{"name": "cpu", "type": "cpu"}]},
-    "queue": {"queue_running": [], "queue_pending": []},
-    "prompt": {"prompt_id": "one"},
-    "history": {"one": PROOF},
-    "object_info": {"EmptyImage": {"python_module": "nodes"}},
-    "api": {"pagination": {"total": 0}},
-}
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        name = self.path.split("?")[0].split("/")[1]
-        body = PICTURE if name == "view" else json.dumps(ANSWERS[name]).encode() if name in ANSWERS else b""
-        self.send_response(200 if body else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_GET
-
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-"""The main.py of a stand-in for ComfyUI, which needs one package instead of gigabytes."""
-
-
-def small(fleet: Fleet) -> Path:
-    """ComfyUI's tree with another main.py and other requirements; returns the app.toml's folder."""
-    folder = fleet.comfyui("small", {})
-    (folder / "src/main.py").write_text(SMALL.replace("TORCH", stacks()["cu130"].torch))
+def independent(fleet: Fleet) -> Path:
+    """The stand-in for ComfyUI, which needs one package instead of gigabytes; returns the app.toml's folder."""
+    folder = small(fleet.place, "small", "import six")
     text = (folder / "app.toml").read_text()
     (folder / "app.toml").write_text(re.sub(r"extra = \[.*?\]\n", "extra = []\n", text))
     (folder / "src/requirements.txt").write_text("six\n")
@@ -125,7 +89,7 @@ def test_offline_host_is_deployed_from_a_bundle(tmp_path: Path, *, real: bool) -
         scratch("bundle") as disk,
         fresh(tmp_path, "bundle", Fleet, bare=True, place=disk / "machine", network=False) as alone,
     ):
-        alone.env |= {} if real else {"HEARTH_APP": str(small(alone))}
+        alone.env |= {} if real else {"HEARTH_APP": str(independent(alone))}
         alone.configure("metrics_port = 9101\n")
         alone.machine.boot()
         made = alone.inv("bundle", "--host", "spark", "--output", str(bundle), "--json")

@@ -94,29 +94,29 @@ def mps(fleet: Fleet, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_mps_life_cycle(steady: Fleet) -> None:
-    machine = steady.machine
-    assert "the driver shows no NVIDIA GPU" in mps(steady, "on", code=63)
-    steady.configure("override.cuda = true\n")
-    with gpu(steady, "rtx-4070"):
-        assert "nvidia-cuda-mps-control is not installed" in mps(steady, "on", code=63)
-        with control(steady):
-            assert "MPS is off" in mps(steady, "limit", "--percent", "50", code=63)
-            mps(steady, "on", "--dry-run", code=2)
+def test_mps_life_cycle(service: Fleet) -> None:
+    machine = service.machine
+    assert "the driver shows no NVIDIA GPU" in mps(service, "on", code=63)
+    service.configure("override.cuda = true\n")
+    with gpu(service, "rtx-4070"):
+        assert "nvidia-cuda-mps-control is not installed" in mps(service, "on", code=63)
+        with control(service):
+            assert "MPS is off" in mps(service, "limit", "--percent", "50", code=63)
+            mps(service, "on", "--dry-run", code=2)
             before = machine.run("systemctl show comfyui --property=MainPID --value").strip()
-            mps(steady, "on", "--percent", "60", "--memory", "0=8G")
+            mps(service, "on", "--percent", "60", "--memory", "0=8G")
             pid = machine.run("systemctl show comfyui --property=MainPID --value").strip()
             assert pid != before
-            assert exposure(steady, "comfyui-mps") <= 2.0
-            shown = mps(steady, "status")
+            assert exposure(service, "comfyui-mps") <= 2.0
+            shown = mps(service, "status")
             assert "MPS is on, active (running), threads 60.0 %, memory 0=8G" in shown
             assert f"client {pid}: python" in shown
             assert "(ComfyUI)" in shown
-            assert "nothing to do" in mps(steady, "on")
-            assert "mps" not in findings(steady, code=2)
+            assert "nothing to do" in mps(service, "on")
+            assert "mps" not in findings(service, code=2)
 
-            mps(steady, "limit", "--percent", "30")
-            shown = mps(steady, "status")
+            mps(service, "limit", "--percent", "30")
+            shown = mps(service, "status")
             assert "threads 30.0 %" in shown
             assert "memory" not in shown
 
@@ -130,8 +130,8 @@ def test_mps_life_cycle(steady: Fleet) -> None:
                     break
                 time.sleep(0.5)
             assert pid != first
-            assert steady.answers()
-            assert "was restarted 1 time," in mps(steady, "status", code=1)
+            assert service.answers()
+            assert "was restarted 1 time," in mps(service, "status", code=1)
 
             # The daemon cannot restart.
             machine.run("mv /usr/bin/nvidia-cuda-mps-control /usr/bin/away")
@@ -139,56 +139,56 @@ def test_mps_life_cycle(steady: Fleet) -> None:
                 "systemctl kill --signal=KILL comfyui-mps; until systemctl is-failed comfyui-mps; do sleep 1; done"
             )
             machine.run("mv /usr/bin/away /usr/bin/nvidia-cuda-mps-control")
-            assert steady.answers()  # without MPS
-            assert "its daemon is not running: failed" in mps(steady, "status", code=1)
-            what, remedy = only(findings(steady, code=2), "mps")
+            assert service.answers()  # without MPS
+            assert "its daemon is not running: failed" in mps(service, "status", code=1)
+            what, remedy = only(findings(service, code=2), "mps")
             assert "its daemon is not running: failed" in what
             assert remedy.startswith("inv mps on --host spark")
-            mps(steady, "on")
+            mps(service, "on")
             machine.power_off()
             machine.boot()
-            assert steady.answers()
-            assert "active (running)" in mps(steady, "status")
+            assert service.answers()
+            assert "active (running)" in mps(service, "status")
 
-            mps(steady, "off")
-            assert steady.answers()
+            mps(service, "off")
+            assert service.answers()
             left = "ls -d /etc/systemd/system/comfyui-mps.service /etc/systemd/system/comfyui.service.d 2>/dev/null"
             assert machine.run(f"{left} || true").strip() == ""
-            assert "nothing to do" in mps(steady, "off")
-            assert "MPS is off" in mps(steady, "status")
+            assert "nothing to do" in mps(service, "off")
+            assert "MPS is off" in mps(service, "status")
 
 
-def test_failed_mps_start_is_rolled_back(steady: Fleet) -> None:
-    steady.configure("override.cuda = true\n")
-    with gpu(steady, "rtx-4070"), control(steady):
-        steady.machine.run("mkdir -p /etc/systemd/system/comfyui-mps.service.d")
-        steady.machine.run(
+def test_failed_mps_start_is_rolled_back(service: Fleet) -> None:
+    service.configure("override.cuda = true\n")
+    with gpu(service, "rtx-4070"), control(service):
+        service.machine.run("mkdir -p /etc/systemd/system/comfyui-mps.service.d")
+        service.machine.run(
             "printf '[Service]\\nUser=nobody-here\\n' > /etc/systemd/system/comfyui-mps.service.d/bad.conf"
         )
-        shown = mps(steady, "on", code=69)
-        steady.machine.run("rm -r /etc/systemd/system/comfyui-mps.service.d")
+        shown = mps(service, "on", code=69)
+        service.machine.run("rm -r /etc/systemd/system/comfyui-mps.service.d")
         assert "mps could not be set and was undone" in shown
-        assert steady.answers()
-        assert steady.facts()["settings"] == []
+        assert service.answers()
+        assert service.facts()["settings"] == []
 
 
-def test_gpu_restricted_to_a_group(steady: Fleet) -> None:
-    machine = steady.machine
+def test_gpu_restricted_to_a_group(service: Fleet) -> None:
+    machine = service.machine
     machine.run("useradd anna 2>/dev/null || true; mknod /dev/nvidia0 c 1 3; chmod 600 /dev/nvidia0")
-    steady.configure('members = ["anna"]\n')
+    service.configure('members = ["anna"]\n')
     try:
-        checked = steady.inv("gpu-access", "--host", "spark")
+        checked = service.inv("gpu-access", "--host", "spark")
         assert (checked.returncode, "comfyui, anna" in checked.stdout) == (1, True), checked.stdout + checked.stderr
-        kept = steady.inv("gpu-access", "--host", "spark", "--apply")
+        kept = service.inv("gpu-access", "--host", "spark", "--apply")
         assert kept.returncode == 0, kept.stderr
         assert "next login: anna" in kept.stderr
         gid = machine.run("getent group gpu-users").split(":")
         assert gid[3].strip() == "anna,comfyui"
         assert machine.run("stat --format='%G %a' /dev/nvidia0").strip() == "gpu-users 660"
         assert f"NVreg_DeviceFileGID={gid[2]} " in machine.run("cat /etc/modprobe.d/hearth-gpu-access.conf")
-        assert steady.inv("gpu-access", "--host", "spark").returncode == 0
+        assert service.inv("gpu-access", "--host", "spark").returncode == 0
         assert gid[2] in machine.run("grep ^Groups /proc/$(systemctl show comfyui -p MainPID --value)/status")
-        undone = steady.inv("gpu-access", "--host", "spark", "--undo")
+        undone = service.inv("gpu-access", "--host", "spark", "--undo")
         assert undone.returncode == 0, undone.stderr
         assert machine.run("stat --format='%G %a' /dev/nvidia0").strip() == "root 600"
         assert machine.run("getent group gpu-users || echo none").strip() == "none"

@@ -87,35 +87,6 @@ def test_comfyui_follows_its_mounts(steady: Fleet) -> None:
     assert steady.answers(5)  # a mount that it no longer needs does not stop it
 
 
-def test_configured_mounts_at_boot_and_never_over_files(steady: Fleet) -> None:
-    machine = steady.machine
-    machine.run("mkdir -p /srv/vault; touch /srv/vault/hidden")
-    mount = '[hosts.spark.mounts."/srv/vault"]\nwhat = "{}"\ntype = "{}"\noptions = "{}"\n'
-    folders = 'folders.input = "/srv/vault/in"\n'
-    steady.configure(folders + mount.format("/srv/inodes", "none", "bind"))
-    over = steady.deploy()
-    assert over.returncode == 63, over.stderr
-    assert "the folder contains files, which the mount would hide" in over.stderr
-    machine.run("rm /srv/vault/hidden")
-    for what, kind, remedy in (
-        ("/dev/mapper/vault", "ext4", "cryptsetup open DEVICE vault"),
-        ("nas:/models", "nfs4", "apt-get install nfs-common"),
-    ):
-        steady.configure(folders + mount.format(what, kind, "noatime"))
-        cannot = steady.deploy()
-        assert (cannot.returncode, remedy in cannot.stderr) == (63, True), cannot.stderr
-    done = steady.becomes(folders + mount.format("/srv/inodes", "none", "bind"))
-    assert "mount /srv/inodes at /srv/vault (none, bind)" in done.stderr
-    machine.power_off()
-    machine.boot()
-    assert steady.answers()
-    assert "/srv/vault" in machine.run("findmnt --noheadings --output TARGET /srv/vault")
-    again = steady.deploy("--dry-run")
-    assert again.returncode == 0, again.stderr
-    steady.becomes()
-    machine.run("systemctl disable --now srv-vault.mount; rm -r /srv/inodes/in")
-
-
 def test_full_data_disk_refuses_a_deploy(steady: Fleet) -> None:
     machine = steady.machine
     machine.run("mkdir -p /srv/small; mount -t tmpfs -o size=300M small /srv/small")
@@ -135,10 +106,39 @@ def test_full_data_disk_refuses_a_deploy(steady: Fleet) -> None:
     machine.run("umount /srv/small")
 
 
-def test_members_share_data_and_have_configured_rights(steady: Fleet) -> None:
-    machine = steady.machine
+def test_configured_mounts_at_boot_and_never_over_files(service: Fleet) -> None:
+    machine = service.machine
+    machine.run("mkdir -p /srv/vault; touch /srv/vault/hidden")
+    mount = '[hosts.spark.mounts."/srv/vault"]\nwhat = "{}"\ntype = "{}"\noptions = "{}"\n'
+    folders = 'folders.input = "/srv/vault/in"\n'
+    service.configure(folders + mount.format("/srv/inodes", "none", "bind"))
+    over = service.deploy()
+    assert over.returncode == 63, over.stderr
+    assert "the folder contains files, which the mount would hide" in over.stderr
+    machine.run("rm /srv/vault/hidden")
+    for what, kind, remedy in (
+        ("/dev/mapper/vault", "ext4", "cryptsetup open DEVICE vault"),
+        ("nas:/models", "nfs4", "apt-get install nfs-common"),
+    ):
+        service.configure(folders + mount.format(what, kind, "noatime"))
+        cannot = service.deploy()
+        assert (cannot.returncode, remedy in cannot.stderr) == (63, True), cannot.stderr
+    done = service.becomes(folders + mount.format("/srv/inodes", "none", "bind"))
+    assert "mount /srv/inodes at /srv/vault (none, bind)" in done.stderr
+    machine.power_off()
+    machine.boot()
+    assert service.answers()
+    assert "/srv/vault" in machine.run("findmnt --noheadings --output TARGET /srv/vault")
+    again = service.deploy("--dry-run")
+    assert again.returncode == 0, again.stderr
+    service.becomes()
+    machine.run("systemctl disable --now srv-vault.mount; rm -r /srv/inodes/in")
+
+
+def test_members_share_data_and_have_configured_rights(service: Fleet) -> None:
+    machine = service.machine
     machine.run("useradd anna; useradd ben; useradd eve")
-    steady.becomes('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')
+    service.becomes('members = ["anna", "ben"]\nmembers_may = ["restart"]\n')
     place, log = f"{PREFIX}/data/output/shared", "sudo -n journalctl --no-pager --unit comfyui.service"
 
     def may(who: str, command: str) -> bool:
@@ -158,12 +158,12 @@ def test_members_share_data_and_have_configured_rights(steady: Fleet) -> None:
     assert not may("anna", f"{log} --file /etc/shadow")
     assert may("ben", "sudo -n systemctl restart comfyui.service")
     assert machine.run("systemctl show comfyui --property=ActiveEnterTimestampMonotonic --value") != since
-    assert steady.answers()
+    assert service.answers()
 
-    steady.becomes('members = ["anna"]\n')
+    service.becomes('members = ["anna"]\n')
     assert not may("ben", f"echo b >> {place}/one")
     assert not may("ben", log)
     assert not may("anna", "sudo -n systemctl restart comfyui.service")
-    steady.becomes()
+    service.becomes()
     assert not may("anna", log)
     machine.run(f"rm -r {place}")

@@ -1,0 +1,124 @@
+"""A stand-in for ComfyUI, for tests of the service: it starts in half a CPU second instead of five."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from core.stack import stacks
+from tests.host.fleet import modified
+
+MAIN = """\
+import comfyui_version, http.server, itertools, json, os, pathlib, queue, signal, struct, sys, threading, time, zlib
+
+def flag(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+def picture(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head, rows = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), (b"\\0" + bytes(3 * width)) * height
+    return b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+def now():
+    return int(time.time() * 1000)
+
+class Jobs:
+    def __init__(self):
+        self.given, self.waiting, self.running, self.over = queue.Queue(), [], [], {}
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def add(self, workflow):
+        number = len(self.over) + len(self.waiting) + len(self.running)
+        job = [number, f"{os.getpid()}-{number}", workflow, {"create_time": now()}, ["2"]]
+        self.waiting.append(job)
+        self.given.put(job)
+        print("got prompt", flush=True)
+        return job[1]
+
+    def work(self):
+        while job := self.given.get():
+            self.running.append(job)
+            self.waiting.remove(job)
+            begun, (size, saved) = now(), (job[2][node]["inputs"] for node in "12")
+            time.sleep(SECONDS if size["width"] == 65 else 0)
+            folder, _, name = saved["filename_prefix"].rpartition("/")
+            place = pathlib.Path(flag("--output-directory"), folder)
+            place.mkdir(parents=True, exist_ok=True)
+            path = next(path for n in itertools.count(1) if not (path := place / f"{name}_{n:05}_.png").exists())
+            path.write_bytes(picture(size["width"], size["height"]))
+            events = [["execution_start", {"timestamp": begun}], ["execution_success", {"timestamp": now()}]]
+            self.over[job[1]] = {
+                "prompt": job,
+                "outputs": {"2": {"images": [{"filename": path.name, "subfolder": folder, "type": "output"}]}},
+                "status": {"status_str": "success", "completed": True, "messages": events},
+            }
+            self.running.remove(job)
+            print("Prompt executed", flush=True)
+
+jobs = Jobs()
+SYSTEM = {"comfyui_version": comfyui_version.__version__, "pytorch_version": "TORCH", "argv": sys.argv}
+
+def answer(path, query, body):
+    kind, _, name = path.partition("/")
+    if kind == "view":
+        given = dict(each.split("=", 1) for each in query.replace("%2F", "/").split("&"))
+        return pathlib.Path(flag("--output-directory"), given["subfolder"], given["filename"]).read_bytes()
+    return json.dumps({
+        "system_stats": lambda: {"system": SYSTEM, "devices": [{"name": "cpu", "type": "cpu"}]},
+        "queue": lambda: {"queue_running": [*jobs.running], "queue_pending": [*jobs.waiting]},
+        "prompt": lambda: {"prompt_id": jobs.add(json.loads(body)["prompt"])},
+        "history": lambda: {each: done for each, done in [*jobs.over.items()] if name in ("", each)},
+        "object_info": lambda: {"EmptyImage": {"python_module": "nodes"}},
+        "api": lambda: {"pagination": {"total": 0}},
+    }[kind]()).encode()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, _, query = self.path[1:].partition("?")
+        try:
+            body = answer(path, query, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+        except LookupError:
+            body = b""
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+def stop(*_):
+    print("Stopped server", flush=True)
+    os._exit(0)
+
+signal.signal(signal.SIGINT, stop)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(flag("--port"))), Handler)
+print("To see the GUI go to: http://127.0.0.1:" + flag("--port"), flush=True)
+server.serve_forever()
+"""
+
+KEPT = ("LICENSE", "README.md", "comfyui_version.py", "folder_paths.py", "requirements.txt")
+"""What Hearth reads of ComfyUI's tree, beside `comfy/cli_args.py`."""
+
+
+def small(place: Path, name: str, line: str = "", seconds: float = 12) -> Path:
+    """The stand-in as an application for $HEARTH_APP, with ComfyUI's environment; returns the app.toml's folder.
+
+    Another `name` is another tree. `line` is the first one of its main.py. A picture 65 pixels wide takes `seconds`.
+    """
+    folder = modified(place / name, {"README.md": (r"\A", f"{name}\n")})
+    src = folder / "src"
+    flags = (src / "comfy/cli_args.py").read_text()
+    for path in src.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in KEPT:
+            path.unlink()
+    (src / "comfy").mkdir()
+    (src / "comfy/cli_args.py").write_text(flags)
+    text = MAIN.replace("TORCH", stacks()["cu130"].torch).replace("SECONDS", str(seconds))
+    (src / "main.py").write_text(f"{line}\n{text}")
+    return folder
