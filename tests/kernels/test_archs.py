@@ -111,14 +111,22 @@ def test_python_source_has_a_path_for_every_arch(path: str) -> None:
         assert error.kind == "source-unreachable"
         pytest.skip(error.what)
     paths = [path for pattern in recipe.files for path in tree.glob(pattern) if path.suffix == ".py"]
-    compared = [
-        node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Compare)
-    ]
-    strings = [node.value for each in compared for node in ast.walk(each) if isinstance(node, ast.Constant)]
-    named = {each for each in strings if isinstance(each, str) and re.fullmatch(r"sm\d{2,3}", each)}
-    assert named or recipe.name != "sageattention"
-    if named:
+    choices = [node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.If)]
+    parts = {id(each) for choice in choices for each in choice.orelse}  # elif
+    chains = [named_by(each) for each in choices if id(each) not in parts]
+    assert any(chains) or recipe.name != "sageattention"
+    for named in filter(None, chains):
         assert {f"sm{arch.replace('.', '')}" for arch in recipe.archs} <= named
+
+
+def named_by(choice: ast.If) -> set[str]:
+    """The archs that an if statement compares with, up to an `else` that raises; empty if others have a path, too."""
+    tests, rest = [choice.test], choice.orelse
+    while len(rest) == 1 and isinstance(rest[0], ast.If):
+        tests, rest = [*tests, rest[0].test], rest[0].orelse
+    strings = [node.value for test in tests for node in ast.walk(test) if isinstance(node, ast.Constant)]
+    named = {each for each in strings if isinstance(each, str) and re.fullmatch(r"sm\d{2,3}", each)}
+    return named if any(isinstance(each, ast.Raise) for each in rest) else set()
 
 
 def assemble(place: Path, images: bytes, host: str) -> str:
