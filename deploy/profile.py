@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from packaging.specifiers import SpecifierSet
@@ -72,6 +72,10 @@ Network = Literal["open", "lan-deny", "offline"]
 Metadata = Literal["keep", "none"]
 
 
+KernelName = Annotated[str, msgspec.Meta(pattern=r"^\w[\w.-]*(:\w[\w.-]*)?$(?!\n)")]
+"""`NAME` or `NAME:PROFILE`."""
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Flags, environment and limits for a kind of machine."""
 
@@ -89,7 +93,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """The health gate requires a CUDA device."""
     unified: bool = False
     """CPU and GPU share their memory."""
-    kernels: tuple[str, ...] = ()
+    kernels: tuple[KernelName, ...] = ()
     """Kernel wheels to install, by the names of their recipes. `NAME:PROFILE` is not the default profile's wheel."""
     nodes: tuple[str, ...] = ()
     """Sets and names of custom nodes in `recipes/comfyui/nodes.toml`."""
@@ -128,7 +132,7 @@ class Override(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     arch: str | None = None
     cuda: bool | None = None
     unified: bool | None = None
-    kernels: tuple[str, ...] | None = None
+    kernels: tuple[KernelName, ...] | None = None
     nodes: tuple[str, ...] | None = None
     flags: dict[str, Setting] = {}
     env: dict[str, Setting] = {}
