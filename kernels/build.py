@@ -149,14 +149,18 @@ def _make(
 
 def _finish(build: Build, graph: Graph) -> Manifest:
     """Assemble, inspect and admit one wheel."""
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and not needed for a cache hit
+
     from kernels import graph as graphs
-    from kernels import inspection, wheel  # slow to import, and not needed for a cache hit
+    from kernels import inspection, wheel
 
     place = graphs.root() / build.python_folder
     modules = {module.name: graph.modules[build.identifier, module.name] for module in build.modules}
     path = wheel.assemble(build, graphs.root() / build.source_folder, modules, place / "wheel")
     console.say(f"inspecting {path.name}")
-    reports = inspection.inspect_modules(path, build)
+    with ThreadPoolExecutor(1) as pool:  # the two take equally long, and most of the time after a short compile
+        imported = pool.submit(inspection.prove_import, path, build)
+        reports = inspection.inspect_modules(path, build)  # its error says more, and comes first
     manifest = Manifest(
         file=path.name,
         sha256=files.sha256(path),
@@ -175,7 +179,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
         glibcxx=inspection.highest([report.glibcxx for report in reports]),
         cxxabi=inspection.highest([report.cxxabi for report in reports]),
         modules=reports,
-        imported=inspection.prove_import(path, build, reports),
+        imported=imported.result(),
         smoke=inspection.prove_smoke(path, build),
         inputs=build.inputs,
         hearth=version.own(),

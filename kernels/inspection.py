@@ -116,8 +116,6 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     """Describe one extension module; `name` is its path in the wheel."""
     cubins, ptx = device_code(elf.path)
     needed = tuple(sorted(elf.dynamic["DT_NEEDED"]))
-    # Driver functions start with "cu" and a capital letter. Their library comes with the GPU, not with a package.
-    driver = sorted(each for each in elf.undefined if re.match(r"cu[A-Z]", each))
     return ModuleReport(
         name=str(name.with_name(name.name.partition(".")[0])).replace("/", "."),
         sass=tuple(sorted(set(cubins))),
@@ -125,12 +123,18 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
         cubins=len(cubins),
         needed=needed,
         undefined=len(elf.undefined),
-        from_driver=tuple(driver) if "libcuda.so.1" in needed else (),
+        from_driver=_driver_functions(elf),
         glibc=elf.versions.get("GLIBC", ""),
         glibcxx=elf.versions.get("GLIBCXX", ""),
         cxxabi=elf.versions.get("CXXABI", ""),
         size=elf.path.stat().st_size,
     )
+
+
+def _driver_functions(elf: Elf) -> tuple[str, ...]:
+    """The functions of the GPU driver that a module calls. Their library comes with the GPU, not with a package."""
+    called = (each for each in elf.undefined if re.match(r"cu[A-Z]", each))
+    return tuple(sorted(called)) if "libcuda.so.1" in elf.dynamic["DT_NEEDED"] else ()
 
 
 def _code_errors(report: ModuleReport, build: Build, module: Module | None) -> Iterator[str]:
@@ -262,7 +266,7 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
     return [Path(executable).resolve(), *([library] if library.exists() else [])]
 
 
-def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> Proof:
+def prove_import(wheel: Path, build: Build) -> Proof:
     """Import every module of the wheel with the stack's torch, natively or under emulation.
 
     A module without an init function registers operators with torch, and is loaded by its path. GPU driver functions
@@ -278,12 +282,13 @@ def prove_import(wheel: Path, build: Build, reports: Sequence[ModuleReport]) -> 
         paths = {module: folder / build.module_file(module) for module in build.modules}
         loads = [(each.name, str(path), _is_python(path, each), each.functions) for each, path in paths.items()]
         required = [Requirement(each).name.replace("-", "_") for each in build.recipe.requires]
-        functions = sorted({name for report in reports for name in report.from_driver})
-        if any("libcuda.so.1" in report.needed for report in reports):
-            toolchains.driver_stub(chain, folder, functions)
+        elves = [Elf(path) for path in modules(folder)]
+        if any("libcuda.so.1" in elf.dynamic["DT_NEEDED"] for elf in elves):
+            called = {name for elf in elves for name in _driver_functions(elf)}
+            toolchains.driver_stub(chain, folder, sorted(called))
         env = {
             **runner.env,
-            "PYTHONPATH": f"{folder}:{chain.site}",
+            "PYTHONPATH": f"{folder}:{chain.site.resolve()}",
             "LD_LIBRARY_PATH": str(folder),
             # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
             "PYTHONPYCACHEPREFIX": str(compiled),
