@@ -131,7 +131,7 @@ class Hearth(Client):
     def __post_init__(self) -> None:
         self.cache.mkdir(parents=True)
         # Gigabytes that no test changes: installed once a machine, shared between tests.
-        for shared in ("installed", "exports", "emulation"):
+        for shared in ("installed", "exports", "emulation", "pycache"):
             real = workspace.current().cache / shared
             real.mkdir(parents=True, exist_ok=True)
             (self.cache / shared).symlink_to(real)

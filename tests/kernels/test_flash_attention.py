@@ -105,7 +105,10 @@ def test_dispatch_names_only_the_kernels_of_the_profile(build: Build, tmp_path: 
     # now: a call of a kernel that the profile leaves out is an error when the library is loaded
     words += [str(tmp_path / "dispatch.cpp"), "-o", str(library), "-Wl,-z,now", *edges["link"]["libs"].split()]
     tools.build("env", "-C", graph.root(), *words)
-    env = {"PYTHONPATH": str(build.toolchain.site)}
+    env = {
+        "PYTHONPATH": str(build.toolchain.site.resolve()),
+        "PYTHONPYCACHEPREFIX": str(workspace.current().cache / "pycache"),
+    }
     done = tools.build(build.toolchain.interpreter, "-c", CALLS, library, env=env)
     found = json.loads(done.stdout)
     for size in range(8, 257, 8):

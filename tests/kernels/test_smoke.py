@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from core import files, tools
+from core import files, tools, workspace
 from core.stack import Platform, find_stack
 from kernels import toolchain
 
@@ -37,7 +37,7 @@ def path(attention, **more):
 def interpreter() -> tuple[str, dict[str, str]]:
     chain = toolchain.describe(find_stack(), Platform.local(), "3.11")
     site = toolchain.install_stack(chain.stack, chain.platform, chain.python)
-    env = {"PYTHONPATH": f"{site}:{files.CHECKOUT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {"PYTHONPATH": f"{site}:{files.CHECKOUT}", "PYTHONPYCACHEPREFIX": str(workspace.current().cache / "pycache")}
     return chain.interpreter, {**tools.build_environment(), **env}
 
 

@@ -81,11 +81,12 @@ def test_one_wheel_registers_its_operators_with_every_torch_and_python(hearth: H
     with zipfile.ZipFile(next(hearth.wheelhouse.rglob(found["file"]))) as archive:
         archive.extractall(hearth.place / "site")
     recipe, tried = load_recipe(place), []
+    path, compiled = hearth.place / "site", str(hearth.cache / "pycache")
     for stack in (each for each in stacks().values() if not recipe.unsupported_version(each)):
         known = [found for python in stack.pythons if (found := pythons.known(python))]
         for program, version, *_ in known[: 1 + stack.default]:  # each Python has another torch of a gigabyte
             site = toolchain.install_stack(stack, Platform.local(), version.rpartition(".")[0])
-            env = {"PYTHONPATH": f"{hearth.place / 'site'}:{site}", "PYTHONDONTWRITEBYTECODE": "1"}
+            env = {"PYTHONPATH": f"{path}:{site}", "PYTHONPYCACHEPREFIX": compiled}
             argv = [program, "-c", LOAD]
             text = subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout
             assert text == f"{stack.torch}+{stack.name} stable_test.twice.default\n"

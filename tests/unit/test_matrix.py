@@ -319,7 +319,7 @@ def test_a_dry_run_lists_what_is_missing_and_installs_nothing(hearth: Hearth, to
         assert ("the source of flash-attn" in lacks) == each["identifier"].startswith("flash-attn")
         assert f"there is no Python {other} (" in lacks or "uv is not installed" in lacks
     assert not (hearth.place / "pythons").exists()
-    assert {path.name for path in hearth.cache.iterdir()} <= {"emulation", "exports"}
+    assert {path.name for path in hearth.cache.iterdir()} <= {"emulation", "exports", "pycache"}
     assert not list(hearth.wheelhouse.glob("*"))
 
 
