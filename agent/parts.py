@@ -25,16 +25,17 @@ from agent.schema.records import SealedPart
 def stamp(root: Path) -> str:
     """Return a hash over path, size, mtime, mode and link target of all files: cheap, and changed by any edit.
 
-    System calls dominate, so several processes share the folders of a large tree. Raises OSError or AgentError.
+    System calls dominate, so several processes share the folders of a large tree; two would take half as much time
+    again in total, and end hardly sooner than one. Raises OSError or AgentError.
     """
     found: dict[str, str] = {}
     pending = [""]
-    while pending and len(pending) < 500:
+    cores = os.cpu_count() or 1
+    while pending and (cores < 4 or len(pending) < 500):
         pending += _stamp_folder(root, pending.pop(0), found)
     if pending:
         queue, feed = os.pipe()  # idle workers take the next folder number: sizes differ a thousandfold
-        number = min(os.cpu_count() or 1, 8)
-        workers = [forked(_stamp_queued, root, pending, queue, feed) for _ in range(number)]
+        workers = [forked(_stamp_queued, root, pending, queue, feed) for _ in range(min(cores, 8))]
         os.close(queue)
         with os.fdopen(feed, "wb") as pipe:  # written while workers read: a pipe holds 64 KiB
             pipe.write(b"".join(number.to_bytes(4, "big") for number in range(len(pending))))

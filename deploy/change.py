@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from getpass import getuser
@@ -96,9 +97,10 @@ def carry_out(change: Change, target: Target, options: Options, agree: Callable[
     """Change one host. Raises RefusedError with every reason against it, or GateError."""
     packages = change.inputs.packages if change.inputs else ()
     with connection.connect(target, options.ask_sudo) as agent:
+        begun = time.monotonic()
 
         def planned(planner: Planner) -> tuple[Facts, Plan]:
-            facts = look(agent, target, packages)
+            facts = look(agent, target, packages, verified=time.monotonic() - begun)  # each part once a command
             return facts, planner(agent, target, facts)
 
         facts, plan = planned(change.plan)

@@ -37,13 +37,13 @@ SIGNERS = Path("/etc/hearth/allowed_signers")
 """Allowed signers of bundles for this host (ssh-keygen(1), ALLOWED SIGNERS). Without it, bundles may be unsigned."""
 
 
-def facts(layout: Layout, ask: Questions, devices: Sequence[GpuState], verified: float = 0) -> Facts:
+def facts(layout: Layout, ask: Questions, devices: Sequence[GpuState]) -> Facts:
     """Return the state of this host.
 
-    `devices` are its GPUs (`ours`). Parts verified within the last `verified` seconds are not verified again. Blocks on
-    a mount whose server is down: call `check_folders_respond` first. Raises AgentError.
+    `devices` are its GPUs (`ours`). Blocks on a mount whose server is down: call `check_folders_respond` first. Raises
+    AgentError.
     """
-    parts = _parts(layout, verified)
+    parts = _parts(layout, ask.verified)
     return Facts(
         **_machine(layout, ask, devices),
         **_storage(layout, ask),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from agent.api import accepts_connections, endpoint, queue, system_stats
@@ -34,7 +35,7 @@ def status(layout: Layout, request: Json) -> Glance:
 def glance(layout: Layout, ask: Questions) -> Glance:
     """Return facts and current state from a single NVML query: opening NVML wakes a sleeping GPU."""
     devices = ours(layout, gpus())
-    found = facts(layout, ask, devices, VERIFIED)
+    found = facts(layout, replace(ask, verified=VERIFIED), devices)
     live = Live(
         time=time.time(),
         uptime=_age(found.service.pid),

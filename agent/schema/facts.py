@@ -159,6 +159,7 @@ class Questions:
     metrics_port: int | None = None  # None: no metrics
     engine: bool = False  # releases are containers
     roots: tuple[str, ...] = ()  # for the doctor: model folders that the service must read
+    verified: float = 0  # parts verified within so many seconds are not verified again
 
 
 @dataclass(frozen=True)
