@@ -48,7 +48,10 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Every test that needs no GPU, five files in parallel: hosts boot, start and wait. The long ones run first."""
+    """Every test that needs no GPU, five files in parallel: hosts boot, start and wait. The long ones run first.
+
+    `-- --faults`: every fault of the crash matrix.
+    """
     five = ("--numprocesses", "5", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
     session.run("pytest", "-m", "not gpu", *five, *session.posargs, env=CACHED)
 
@@ -68,7 +71,7 @@ PARALLEL = (
 
 @nox.session
 def unit(session: nox.Session) -> None:
-    """The tests that call functions. `-- --faults`: every fault of the crash matrix."""
+    """The tests that call functions."""
     session.run("pytest", "-m", QUICK, *PARALLEL, *session.posargs, env=CACHED)
 
 

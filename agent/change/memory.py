@@ -15,8 +15,8 @@ from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held
 from agent.serve.managers import manager_of, ours
 
-UNCHANGED = 3.0
-"""Seconds after which memory that has not fallen is not expected to fall."""
+UNCHANGED = 5.0
+"""Seconds after which memory that has not fallen is not expected to fall. A busy machine took 3."""
 
 CACHES = Path("/proc/sys/vm/drop_caches")
 

@@ -32,8 +32,8 @@ class Jobs:
         number = len(self.over) + len(self.waiting) + len(self.running)
         job = [number, f"{os.getpid()}-{number}", workflow, {"create_time": now()}, ["2"]]
         self.waiting.append(job)
-        self.given.put(job)
         print("got prompt", flush=True)
+        self.given.put(job)
         return job[1]
 
     def work(self):
@@ -41,7 +41,10 @@ class Jobs:
             self.running.append(job)
             self.waiting.remove(job)
             begun, (size, saved) = now(), (job[2][node]["inputs"] for node in "12")
-            time.sleep(SECONDS if size["width"] == 65 else 0)
+            finish = pathlib.Path(flag("--output-directory"), "finish")
+            while size["width"] == 65 and not finish.exists():
+                time.sleep(0.05)
+            finish.unlink(missing_ok=True)
             folder, _, name = saved["filename_prefix"].rpartition("/")
             place = pathlib.Path(flag("--output-directory"), folder)
             place.mkdir(parents=True, exist_ok=True)
@@ -104,10 +107,11 @@ KEPT = ("LICENSE", "README.md", "comfyui_version.py", "folder_paths.py", "requir
 """What Hearth reads of ComfyUI's tree, beside `comfy/cli_args.py`."""
 
 
-def small(place: Path, name: str, line: str = "", seconds: float = 12) -> Path:
+def small(place: Path, name: str, line: str = "") -> Path:
     """The stand-in as an application for $HEARTH_APP, with ComfyUI's environment; returns the app.toml's folder.
 
-    Another `name` is another tree. `line` is the first one of its main.py. A picture 65 pixels wide takes `seconds`.
+    Another `name` is another tree. `line` is the first one of its main.py. A picture 65 pixels wide is ready
+    when the file `finish` is in the output folder.
     """
     folder = modified(place / name, {"README.md": (r"\A", f"{name}\n")})
     src = folder / "src"
@@ -119,6 +123,5 @@ def small(place: Path, name: str, line: str = "", seconds: float = 12) -> Path:
             path.unlink()
     (src / "comfy").mkdir()
     (src / "comfy/cli_args.py").write_text(flags)
-    text = MAIN.replace("TORCH", stacks()["cu130"].torch).replace("SECONDS", str(seconds))
-    (src / "main.py").write_text(f"{line}\n{text}")
+    (src / "main.py").write_text(f"{line}\n{MAIN.replace('TORCH', stacks()['cu130'].torch)}")
     return folder

@@ -15,7 +15,7 @@ import pytest
 
 from tests.host.fleet import PREFIX, Fleet, fresh
 from tests.host.small import small
-from tests.host.test_deploy import at_a_terminal, submit
+from tests.host.test_deploy import at_a_terminal, finish, submit
 from tests.host.test_faults import kill_agent
 
 pytestmark = pytest.mark.host
@@ -26,7 +26,7 @@ PEOPLE = 'members = ["anna"]\nmembers_may = ["restart"]\nfolders.input = "/srv/p
 
 @pytest.fixture(scope="module")
 def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A machine with members, a mount by Hearth, and a stand-in that can be slow: EmptyImage of width 65."""
+    """A machine with members, a mount by Hearth, and a stand-in that can be slow: `finish`."""
     with fresh(tmp_path_factory.mktemp("lone"), "lifecycle", Fleet) as fleet:
         fleet.machine.add_disk("vault", "400M")
         fleet.machine.boot()
@@ -68,6 +68,7 @@ def test_stop_waits_for_jobs_and_lasts_until_boot(served: Fleet) -> None:
         time.sleep(0.01)
     other = served.inv("pause", "--host", "spark")
     assert (other.returncode, "the host is being changed: stop by " in other.stderr) == (63, True), other.stderr
+    finish(served)
     said, _ = stopping.communicate(timeout=60)
     assert stopping.returncode == 0, said
     assert f"waiting for jobs: 1 running ({prompt}), 0 waiting" in said

@@ -430,6 +430,7 @@ def count_of(world: World, photographs: Path | None = None) -> tuple[list[str], 
     return seen, unseen
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_cut_over_survives_every_fault_at_every_operation(
     scenario: Scenario, tmp_path: Path, request: pytest.FixtureRequest
