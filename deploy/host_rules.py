@@ -229,6 +229,9 @@ def check_settings(place: str, given: Profile | Override) -> None:
     for each in given.pythons or ():
         if not re.fullmatch(r"3\.[0-9]+", each):
             raise ConfigError("config", f"{place}: pythons: {each!r}", hint="use a version such as 3.12")
+    kernels = [each.partition(":")[0] for each in given.kernels or ()]
+    if again := next((each for each in kernels if kernels.count(each) > 1), ""):
+        raise ConfigError("config", f"{place}: kernels names {again} twice", hint="keep the profile to deploy")
     forms = ((given.flags, r"--[a-z][a-z0-9-]*", r"[^\\'\"]*"), (given.env, r"[A-Za-z_][A-Za-z0-9_]*", r".*"))
     for settings, form, values in forms:
         for name, setting in settings.items():

@@ -118,6 +118,7 @@ ODD = ["a b", "a\\nb", "a%b", 'a\\"b', "a'b", "a$b", "a;b", "a\\\\b", "../b", "-
             for each in ("a b", "a\\nb", "a\\\\")
         ),
         *(f'override.memory_max = "{each}"' for each in ("lots", "1G\\nExecStartPre=/bin/x", "-1", "90 %")),
+        'override.kernels = ["sageattention", "sageattention:full"]',
         *(f'override.pythons = ["{each}"]' for each in ("3", "3.11; x", "../3.11")),
         *(f'override.env.X = {{ why = "w", value = "{each}" }}' for each in ("a\\nb", "a\\u0000b", "a\\rb")),
         *(f'override.env."{each}" = {{ why = "w" }}' for each in ("A B", "A=B", "1A", "")),
