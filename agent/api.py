@@ -63,7 +63,7 @@ class Endpoint:
 def endpoint(layout: Layout) -> Endpoint:
     """Return the endpoint from the current release's manifest, or the configured one if nothing is deployed."""
     with suppress(AgentError):  # `current` is not Hearth's; facts report it
-        if argv := layout.manifest(layout.release()).get("argv"):
+        if argv := layout.manifest(layout.release()).argv:
             return Endpoint.of(argv)
     return Endpoint.of(["--listen", layout.address, "--port", str(layout.port)])
 

@@ -9,8 +9,9 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import AgentError, Json, read, record
+from agent.files import AgentError, Json, record, recorded
 from agent.schema.decode import decode
+from agent.schema.manifest import ReleaseManifest
 from agent.schema.records import Choice
 from agent.schema.site import Site
 
@@ -58,7 +59,8 @@ class Layout:
                 )
             return ""
         target = self.current.readlink()
-        if target.parent != Path("releases") or not read(self.releases / target.name / "release.json", lenient=True):
+        place = self.releases / target.name / "release.json"
+        if target.parent != Path("releases") or not recorded(place, ReleaseManifest, lenient=True).id:
             raise AgentError(
                 "foreign",
                 f"{self.current} points at {target}, which is not a release",
@@ -86,9 +88,9 @@ class Layout:
             what = f"{' and '.join(missing)} was unmounted after the plan was made"
             raise AgentError("step", what, "", "mount it there, then run the same command again")
 
-    def manifest(self, release: str) -> Json:
-        """Return a release's manifest; empty if it does not exist. Raises AgentError if it is damaged."""
-        return read(self.releases / release / "release.json")
+    def manifest(self, release: str) -> ReleaseManifest:
+        """Return a release's manifest; without an id if it does not exist. Raises AgentError if it is damaged."""
+        return recorded(self.releases / release / "release.json", ReleaseManifest)
 
     def owner(self) -> tuple[int, int]:
         """Return the service's uid and gid; -1 (unchanged) if it has no user. Raises KeyError for an unknown user."""

@@ -165,11 +165,11 @@ def _contents(layout: Layout, request: Json) -> Json:
 def _flags(layout: Layout, request: Json) -> object:
     from agent.schema.live import CommandLine
 
-    if not (found := layout.manifest(layout.release())):
+    if not (found := layout.manifest(layout.release())).id:
         return CommandLine()
-    words = found["argv"][found["argv"].index(f"{found['code']}/main.py") + 1 :]
-    text = read_text(layout.releases / found["id"] / "app/comfy/cli_args.py")
-    return CommandLine(found["id"], found.get("version", ""), tuple(words), text)
+    words = found.argv[found.argv.index(f"{found.code}/main.py") + 1 :]
+    text = read_text(layout.releases / found.id / "app/comfy/cli_args.py")
+    return CommandLine(found.id, found.version, words, text)
 
 
 OWN: dict[str, Callable[[Layout, Json], object]] = {"facts": _facts, "contents": _contents, "flags": _flags}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from agent.schema.facts import Facts, Gpu, MountState, Place, Process, Service
+from agent.schema.manifest import ReleaseManifest
 from core import console
 from core.errors import UsageError, suggest
 
 __all__ = ["Facts", "Gpu", "MountState", "Place", "Process", "Service", "named"]
 
 
-def named(facts: Facts, name: str) -> dict[str, Any]:
+def named(facts: Facts, name: str) -> ReleaseManifest:
     """The manifest of a release that a host keeps, by its id, `current` or `previous` (the target of a rollback).
 
     Raises UsageError.
@@ -20,7 +23,7 @@ def named(facts: Facts, name: str) -> dict[str, Any]:
     words = {word: meant for word, meant in (("current", facts.current), ("previous", before)) if meant}
     found = facts.release(words.get(name, name))
     if found is None:
-        known = [*words, *(each["id"] for each in facts.releases)]
+        known = [*words, *(each.id for each in facts.releases)]
         hint = suggest(name, known) if known else "deploy one: inv deploy"
         raise UsageError("unknown-name", f"{facts.hostname} has no release {name!r}", hint=hint)
     return found
@@ -61,20 +64,20 @@ def _mounted(path: str, mount: MountState) -> str:
 
 def releases(found: Facts) -> list[dict[str, Any]]:
     """The manifests of the kept releases; the active one is marked `current`."""
-    return [{**each, "current": each["id"] == found.current} for each in found.releases]
+    return [{**msgspec.to_builtins(each), "current": each.id == found.current} for each in found.releases]
 
 
 def release_rows(found: Facts) -> list[str]:
     """A table of the kept releases: the current one, earlier ones (latest first), then the never healthy ones."""
     cells = []
     order = [found.current, *found.proven]
-    for each in sorted(found.releases, key=lambda each: order.index(each["id"]) if each["id"] in order else len(order)):
-        damage = {part: found.parts.get(part, "missing") for part in each["parts"].values()}
+    for each in sorted(found.releases, key=lambda each: order.index(each.id) if each.id in order else len(order)):
+        damage = {part: found.parts.get(part, "missing") for part in each.parts.values()}
         errors = [f"{part}: {error}" for part, error in damage.items() if error]
-        errors += ["its unit or links were changed"] if each["id"] in found.altered else []
-        kernels = ", ".join(f"{name} {version}" for name, version in each["kernels"].items()) or "-"
-        proven = "was active before" if each["id"] in found.proven else "never healthy"
-        mark = "current" if each["id"] == found.current else proven
-        stack = f"{each['stack']}, torch {each['torch']}"
-        cells.append((each["id"], each["version"], stack, each["python"], kernels, mark, "; ".join(errors) or "intact"))
+        errors += ["its unit or links were changed"] if each.id in found.altered else []
+        kernels = ", ".join(f"{name} {version}" for name, version in each.kernels.items()) or "-"
+        proven = "was active before" if each.id in found.proven else "never healthy"
+        mark = "current" if each.id == found.current else proven
+        stack = f"{each.stack}, torch {each.torch}"
+        cells.append((each.id, each.version, stack, each.python, kernels, mark, "; ".join(errors) or "intact"))
     return console.table(("release", "ComfyUI", "stack", "Python", "kernels", "", "parts"), cells)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.manifest import ReleaseManifest
 from core import console, files, shell, tools, workspace
 from core.arch import known_archs
 from core.debian import ARCHITECTURES
@@ -124,8 +125,8 @@ def _select(target: Target, platform: Platform) -> Selection:
 def _write(host: Host, selection: Selection, place: Path) -> Image:
     manifest = releases.manifest(selection, f"/{PREFIX}")
     layout = Layout(place / "image", workspace.current().cache / "layers")
-    platform = Platform.parse(manifest["platform"])
-    architecture, tag = ARCHITECTURES[platform], f"{manifest['version'].replace('+', '-')}-{manifest['id']}"
+    platform = Platform.parse(manifest.platform)
+    architecture, tag = ARCHITECTURES[platform], f"{manifest.version.replace('+', '-')}-{manifest.id}"
     name = f"localhost/hearth/{selection.target.host.service}:{tag}"
     made = {}
     for what, (key, entries) in layers(selection, manifest).items():
@@ -149,10 +150,10 @@ def _write(host: Host, selection: Selection, place: Path) -> Image:
     return Image(place, name, image["digest"], platform.value, bill["digest"], sizes)
 
 
-def _config(manifest: Mapping[str, Any], selection: Selection) -> dict[str, Any]:
+def _config(manifest: ReleaseManifest, selection: Selection) -> dict[str, Any]:
     """How the image runs, for engines that read it."""
     second = 1_000_000_000
-    environment = {"PATH": f"/{ENV}/bin:/usr/bin:/usr/sbin", **manifest["environment"]}
+    environment = {"PATH": f"/{ENV}/bin:/usr/bin:/usr/sbin", **manifest.environment}
     return {
         "User": f"{image_base.USER}:{image_base.USER}",
         "Env": [f"{key}={value}" for key, value in environment.items()],
@@ -175,19 +176,19 @@ def _config(manifest: Mapping[str, Any], selection: Selection) -> dict[str, Any]
 _HEALTH = f"/{ENV}/bin/python -I -S /{CONTAINER} health"
 
 
-def _annotations(manifest: Mapping[str, Any]) -> dict[str, str]:
-    git: Mapping[str, str] = next((each for each in manifest["sources"] if "git" in each), {})
+def _annotations(manifest: ReleaseManifest) -> dict[str, str]:
+    git: Mapping[str, str] = next((each for each in manifest.sources if "git" in each), {})
     named = {
         "title": "ComfyUI",
-        "description": f"ComfyUI {manifest['version']} with torch {manifest['torch']}, written by Hearth",
-        "version": manifest["version"],
+        "description": f"ComfyUI {manifest.version} with torch {manifest.torch}, written by Hearth",
+        "version": manifest.version,
         "source": git.get("git", ""),
         "revision": git.get("commit", ""),
         "licenses": "GPL-3.0-only",
     }
     found = {f"org.opencontainers.image.{key}": value for key, value in named.items() if value}
-    kernels = " ".join(f"{name}={version}" for name, version in manifest["kernels"].items())
-    own = {"release": manifest["id"], "profile": manifest["profile"], "stack": manifest["stack"], "kernels": kernels}
+    kernels = " ".join(f"{name}={version}" for name, version in manifest.kernels.items())
+    own = {"release": manifest.id, "profile": manifest.profile, "stack": manifest.stack, "kernels": kernels}
     return found | {f"hearth.{key}": value for key, value in own.items() if value}
 
 
@@ -195,7 +196,7 @@ class _Text(Template):
     delimiter = "@"
 
 
-def _texts(host: Host, selection: Selection, manifest: Mapping[str, Any], name: str) -> dict[str, str]:
+def _texts(host: Host, selection: Selection, manifest: ReleaseManifest, name: str) -> dict[str, str]:
     """run.sh and compose.yaml, with the host's port, folders and GPU."""
     volumes = [f"{path}:{path}" for path in host.folders.values()]
     volumes += [f"{path}:{path}:ro" for path in host.model_roots]
@@ -210,11 +211,11 @@ def _texts(host: Host, selection: Selection, manifest: Mapping[str, Any], name: 
         cdi = {"driver": "cdi", "device_ids": devices, "capabilities": ["gpu"]}
         lines += [f"    deploy: {json.dumps({'resources': {'reservations': {'devices': [cdi]}}})}"]
     values = {
-        "title": f"ComfyUI {manifest['version']}, release {manifest['id']}",
+        "title": f"ComfyUI {manifest.version}, release {manifest.id}",
         "service": host.service,
         "image": name,
         "tag": name.rpartition(":")[2],
-        "cpu": Platform.parse(manifest["platform"]).cpu,
+        "cpu": Platform.parse(manifest.platform).cpu,
         "user": image_base.USER,
         "data": f"/{PREFIX}/data",
         "health": _HEALTH,

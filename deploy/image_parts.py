@@ -12,16 +12,19 @@ import re
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
 
 from agent.layout import DATA
+from agent.schema.manifest import ReleaseManifest
 from core import files, lockfile, source, workspace
 from core.stack import Platform
 from deploy.image_layout import Entry, file, folder, link, tree
 from lock import image_base
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from core.source import Pinned
@@ -39,7 +42,7 @@ Layer: TypeAlias = "tuple[str, Callable[[], AbstractContextManager[Iterable[Entr
 """A layer: a key that names everything that it depends on, and its entries, whose files exist in the context."""
 
 
-def layers(selection: Selection, manifest: Mapping[str, Any]) -> dict[str, Layer]:
+def layers(selection: Selection, manifest: ReleaseManifest) -> dict[str, Layer]:
     """The layers of a release, those that change least first."""
     platform = Platform.parse(selection.lock.platform)
     groups = ["base", *(["compiler"] if selection.target.profile.cuda else [])]
@@ -171,28 +174,28 @@ def _scratch() -> Iterator[Path]:
         yield made
 
 
-def _release(selection: Selection, manifest: Mapping[str, Any]) -> Iterator[Entry]:
+def _release(selection: Selection, manifest: ReleaseManifest) -> Iterator[Entry]:
     """The release's links and files as on a host, the environment's interpreter, and how the container starts."""
-    place, data, user = f"{PREFIX}/releases/{manifest['id']}", f"{PREFIX}/data", image_base.USER
+    place, data, user = f"{PREFIX}/releases/{manifest.id}", f"{PREFIX}/data", image_base.USER
     python = f"python{selection.python}"
-    for kind, part in manifest["parts"].items():
+    for kind, part in manifest.parts.items():
         name = "env" if kind == "env" else f"parts/{part}"
         yield link(f"{place}/{kind}", f"../../{'../' * kind.count('/')}{name}")
-    yield from (link(f"{place}/{name}", target) for name, target in manifest["links"].items())
-    yield from (folder(f"{place}/{name}") for name in manifest["empty"])
+    yield from (link(f"{place}/{name}", target) for name, target in manifest.links.items())
+    yield from (folder(f"{place}/{name}") for name in manifest.empty or ())
     units = tuple(f"{selection.target.host.service}{end}" for end in (".", "-"))
-    running = {name: text for name, text in manifest["files"].items() if not name.startswith(units)}
+    running = {name: text for name, text in manifest.files.items() if not name.startswith(units)}
     yield from (file(f"{place}/{name}", text.encode()) for name, text in running.items())
-    yield file(f"{place}/release.json", json.dumps(manifest, indent=1).encode())
-    yield link(f"{PREFIX}/current", f"releases/{manifest['id']}")
+    yield file(f"{place}/release.json", msgspec.json.encode(manifest))
+    yield link(f"{PREFIX}/current", f"releases/{manifest.id}")
     yield from (link(f"{ENV}/bin/{name}", f"/usr/bin/{python}") for name in ("python", "python3", python))
     home = f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {selection.python}\n"
     yield file(f"{ENV}/pyvenv.cfg", home.encode())
     yield file(CONTAINER, (files.CHECKOUT / "agent/serve/container.py").read_bytes())
-    inside = (target for target in manifest["links"].values() if target.startswith(f"/{data}/"))
+    inside = (target for target in manifest.links.values() if target.startswith(f"/{data}/"))
     kept = {*DATA, *(os.path.relpath(each, f"/{data}") for each in inside if not each.endswith(".list"))}
     folders = sorted({str(each) for path in kept for each in (Path(path), *Path(path).parents)} - {"."})
-    settings = {"argv": manifest["argv"], "data": f"/{data}", "folders": folders}
+    settings = {"argv": manifest.argv, "data": f"/{data}", "folders": folders}
     yield file(CONTAINER.replace(".py", ".json"), json.dumps(settings, indent=1).encode())
     # A new volume takes over their owner.
     yield folder(data, user=user)

@@ -6,9 +6,10 @@ Pure: the same facts and inputs give the same plan; no clock, no file, no networ
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
+from agent.schema.manifest import ReleaseManifest
 from core import console
 from deploy import exporter, proofs, refusals, release_refusals
 from deploy import release as releases
@@ -16,7 +17,7 @@ from deploy.refusals import LANDLOCK_TCP
 from deploy.selection import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from agent.schema.change import Proof, Step
     from deploy.facts import Facts, Process
@@ -90,7 +91,7 @@ def make(target: Target, facts: Facts, inputs: Inputs, options: Options) -> Plan
     if any(isinstance(step, schema.CutOver) for step in steps):
         notes += proofs.rows(inputs.proofs)
     return Plan.of(
-        facts, steps, found, (*_notes(target, facts), *_database(facts, wanted["id"]), *notes), release=wanted["id"]
+        facts, steps, found, (*_notes(target, facts), *_database(facts, wanted.id), *notes), release=wanted.id
     )
 
 
@@ -134,7 +135,7 @@ def _steps(
     target: Target,
     facts: Facts,
     selection: Selection,
-    wanted: dict[str, Any],
+    wanted: ReleaseManifest,
     options: Options,
     proofs: Sequence[Proof],
 ) -> list[Step]:
@@ -142,19 +143,19 @@ def _steps(
     host = target.host
     steps = [*_accounts(target, facts), *_mounts(target, facts), *_folders(target, facts)]
     steps += _part_steps(facts, selection, wanted)
-    if facts.release(wanted["id"]) is None:
+    if facts.release(wanted.id) is None:
         steps.append(_release_step(wanted, "to allow a rollback"))
-    elif facts.release(wanted["id"]) != wanted or wanted["id"] in facts.altered:
+    elif facts.release(wanted.id) != wanted or wanted.id in facts.altered:
         steps.append(_release_step(wanted, "its manifest, unit or links were changed"))
     replaced = any(step.kind in ("base", "app", "env", "node", "release") for step in steps) or not facts.service.linked
-    if facts.current != wanted["id"] or replaced:
-        same = facts.current == wanted["id"]
+    if facts.current != wanted.id or replaced:
+        same = facts.current == wanted.id
         why = "the running release was modified on disk" if same else "it is not the configured release"
-        steps.append(_cut_over(facts, wanted["id"], why, options, proofs))
+        steps.append(_cut_over(facts, wanted.id, why, options, proofs))
         if options.trial == "only":
             return steps
     elif options.trial == "only":
-        return [_cut_over(facts, wanted["id"], "to run its proofs", options, proofs)] if proofs else []
+        return [_cut_over(facts, wanted.id, "to run its proofs", options, proofs)] if proofs else []
     elif not (facts.service.active and facts.service.enabled):
         missing = [name for name in ("active", "enabled") if not getattr(facts.service, name)]
         title = f"start {host.service}"
@@ -162,7 +163,7 @@ def _steps(
     if changed := exporter.change(target, facts, selection.agent_python):
         steps.append(changed)
     made = any(step.kind in ("base", "app", "env", "node", "exporter", "release", "cut-over") for step in steps)
-    steps += _prune(facts, wanted["id"], host.keep, made)
+    steps += _prune(facts, wanted.id, host.keep, made)
     return steps
 
 
@@ -245,15 +246,15 @@ def _mounts(target: Target, facts: Facts) -> list[Step]:
     return steps
 
 
-def _release_step(wanted: dict[str, Any], why: str) -> Step:
-    title = f"write release {wanted['id']}: ComfyUI {wanted['version']}, torch {wanted['torch']}"
-    return schema.Release(f"{title}, Python {wanted['python']}", why, "pruned later", wanted)
+def _release_step(wanted: ReleaseManifest, why: str) -> Step:
+    title = f"write release {wanted.id}: ComfyUI {wanted.version}, torch {wanted.torch}"
+    return schema.Release(f"{title}, Python {wanted.python}", why, "pruned later", wanted)
 
 
 PRUNED = "pruned when no release uses it"
 
 
-def _part_steps(facts: Facts, selection: Selection, wanted: Mapping[str, Any]) -> list[Step]:
+def _part_steps(facts: Facts, selection: Selection, wanted: ReleaseManifest) -> list[Step]:
     steps: list[Step] = []
 
     def why(part: str) -> str:
@@ -296,7 +297,7 @@ def _env_step(selection: Selection, why: str, *, repair: bool) -> Step:
     )
 
 
-def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Mapping[str, Any]) -> Step:
+def _node_step(selection: Selection, name: str, part: str, why: str, wanted: ReleaseManifest) -> Step:
     node = selection.nodes[name]
     step = schema.Node(
         title=f"make {part}: node {name} {node.commit[:9]}",
@@ -310,13 +311,13 @@ def _node_step(selection: Selection, name: str, part: str, why: str, wanted: Map
     )
     if not node.install:
         return step
-    files, service = wanted["files"], selection.target.host.service
+    files, service = wanted.files, selection.target.host.service
     return replace(  # runs with the service's rights
         step,
         install=selection.env_part,
         network=bool(node.install_network),
-        confined=tuple(wanted.get("confined", ())),
-        environment=wanted["environment"],
+        confined=wanted.confined,
+        environment=wanted.environment,
         unit=files.get(f"{service}.container") or files.get(f"{service}.service", ""),
     )
 
@@ -326,8 +327,8 @@ def _prune(facts: Facts, wanted: str, keep: int, changes: bool) -> list[Step]:
     others = [name for name in facts.proven if name not in (wanted, facts.current)]
     kept = [wanted, *([facts.current] if facts.current != wanted and facts.current else [])]
     kept += others[: max(0, keep - len(kept))]
-    gone = [each["id"] for each in facts.releases if each["id"] not in kept]
-    named = {part for each in facts.releases if each["id"] in kept for part in each["parts"].values()}
+    gone = [each.id for each in facts.releases if each.id not in kept]
+    named = {part for each in facts.releases if each.id in kept for part in each.parts.values()}
     unnamed = [] if changes else [part for part in facts.parts if part not in named]
     if not (changes or gone or unnamed):
         return []

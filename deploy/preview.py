@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from packaging.version import Version
 
 from agent.schema.live import NodeTypes
+from agent.schema.manifest import ReleaseManifest
 from core import console, files, source
 from core.errors import ConfigError, HearthError, SourceError
 from core.stack import find_stack
@@ -48,20 +49,20 @@ def preview(agent: Agent, target: Target, facts: Facts, inputs: Inputs) -> Previ
     try:
         return _preview(agent, target, facts, inputs, manifest, wanted)
     except (HearthError, OSError, ValueError, LookupError, TypeError, RecursionError, msgspec.MsgspecError) as error:
-        return Preview(old=manifest["version"], new=inputs.application.version, unknown={"preview": _reason(error)})
+        return Preview(old=manifest.version, new=inputs.application.version, unknown={"preview": _reason(error)})
 
 
-def _same(manifest: Mapping[str, Any], target: Target, inputs: Inputs, wanted: Mapping[str, Node]) -> bool:
+def _same(manifest: ReleaseManifest, target: Target, inputs: Inputs, wanted: Mapping[str, Node]) -> bool:
     """Whether a release has the wanted ComfyUI, stack and nodes, except for those that are not available."""
-    before = (manifest.get("tree"), manifest["stack"], manifest["torch"])
-    known = {name: each["commit"] for name, each in manifest.get("nodes", {}).items()}
+    before = (manifest.tree, manifest.stack, manifest.torch)
+    known = {name: each.commit for name, each in manifest.nodes.items()}
     lacking = {name for lock in inputs.locks.values() for name in lock.unavailable}
     commits = {name: node.commit for name, node in wanted.items() if name not in lacking or name in known}
     return before == (inputs.application.tree, target.stack.name, target.stack.torch) and commits == known
 
 
 def _preview(
-    agent: Agent, target: Target, facts: Facts, inputs: Inputs, manifest: Mapping[str, Any], wanted: Mapping[str, Node]
+    agent: Agent, target: Target, facts: Facts, inputs: Inputs, manifest: ReleaseManifest, wanted: Mapping[str, Node]
 ) -> Preview:
     selection, _ = choose(target, facts, inputs)
     name = selection.lock.name if selection else ""
@@ -70,8 +71,8 @@ def _preview(
     new = _release(inputs.application.version, inputs.application,
                    {each: node.pinned(each) for each, node in wanted.items() if each not in lacking})  # fmt: skip
     new = replace(new, packages=packages, locks={name: selection.lock} if selection else {})
-    old = _release(manifest["version"], _source(manifest, inputs), _nodes(manifest, wanted))
-    old = replace(old, packages={name: manifest.get("packages", {})})
+    old = _release(manifest.version, _source(manifest, inputs), _nodes(manifest, wanted))
+    old = replace(old, packages={name: manifest.packages or {}})
     found, unknown, types = workflows.collect(), dict[str, str](), None
     try:
         types, saved = running(agent, target.name, saved=True)
@@ -81,7 +82,7 @@ def _preview(
     chosen = {target.name: (target.flags_for(old.version), target.flags)}
     made = previews.preview(old, new, chosen, found, types)
     unknown |= {} if selection else {"packages": "no locked list fits the host"}
-    unknown |= {} if "packages" in manifest else {"packages": "an older Hearth did not record those in service"}
+    unknown |= {} if manifest.packages is not None else {"packages": "an older Hearth did not record those in service"}
     return msgspec.structs.replace(
         made,
         flags=tuple(msgspec.structs.replace(each, owner=_owner(target, each.flag)) for each in made.flags),
@@ -112,23 +113,23 @@ def _reason(error: BaseException) -> str:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-def _source(manifest: Mapping[str, Any], inputs: Inputs) -> source.Pinned | None:
+def _source(manifest: ReleaseManifest, inputs: Inputs) -> source.Pinned | None:
     """The source of a release's ComfyUI; None if an older Hearth did not record it."""
-    listed = msgspec.convert(manifest.get("sources", ()), tuple[source.Source, ...])
-    app, tree = inputs.application, manifest.get("tree", "")
+    listed = msgspec.convert(manifest.sources, tuple[source.Source, ...])
+    app, tree = inputs.application, manifest.tree
     if not (listed and tree):
         return None
     return source.Pinned(
-        name=app.name, version=manifest["version"], source=listed, tree=tree, paths=app.paths, folder=app.folder
+        name=app.name, version=manifest.version, source=listed, tree=tree, paths=app.paths, folder=app.folder
     )
 
 
-def _nodes(manifest: Mapping[str, Any], wanted: Mapping[str, Node]) -> dict[str, source.Pinned]:
+def _nodes(manifest: ReleaseManifest, wanted: Mapping[str, Node]) -> dict[str, source.Pinned]:
     """The sources of a release's nodes. Which of their files are left out is taken from the wanted ones."""
     found = {}
-    for name, each in manifest.get("nodes", {}).items():
+    for name, each in manifest.nodes.items():
         known = wanted.get(name) or nodes.Node(url="", commit="", tree="", why="")
-        found[name] = msgspec.structs.replace(known, **each).pinned(name)
+        found[name] = msgspec.structs.replace(known, **vars(each)).pinned(name)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import InvalidVersion, Version
 
+from agent.schema.manifest import ReleaseManifest
 from core import console
 from core.errors import RefusedError
 from deploy.host_rules import PLAIN_PATH
@@ -121,7 +122,7 @@ def deployed_otherwise(target: Target, facts: Facts) -> list[Refusal]:
     def add(what: str, remedy: str) -> None:
         found.append(Refusal("deployed-otherwise", what, remedy))
 
-    units = (facts.release(facts.current) or {}).get("files", {})
+    units = (facts.release(facts.current) or ReleaseManifest()).files
     ends = (".container", ".service")
     served = min((each for each in units if each.endswith(ends)), key=len, default="")  # companions are longer
     for old in {served.partition(".")[0], place.service if facts.current else ""} - {"", host.service}:

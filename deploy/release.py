@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from agent.schema.manifest import Gate, KernelWheel, NodeSource, ReleaseManifest
 from core.errors import HostError
 from deploy import containers, units
 from lock.requirements import MANAGER
@@ -66,43 +68,44 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def manifest(selection: Selection, prefix: str) -> dict[str, Any]:
-    """The release's manifest, as JSON values. The same selection gives the same id on any host and date."""
+def manifest(selection: Selection, prefix: str) -> ReleaseManifest:
+    """The release's manifest. The same selection gives the same id on any host and date."""
     target, profile = selection.target, selection.target.profile
-    content: dict[str, Any] = {
-        "version": selection.application.version,
-        "stack": target.stack.name,
-        "torch": target.stack.torch,
-        "python": selection.python,
-        "platform": selection.lock.platform,
-        "profile": target.profile_name,
-        "parts": {
+    content = ReleaseManifest(
+        version=selection.application.version,
+        stack=target.stack.name,
+        torch=target.stack.torch,
+        python=selection.python,
+        platform=selection.lock.platform,
+        profile=target.profile_name,
+        parts={
             **({"base": selection.base_part} if selection.base_part else {}),
             "app": selection.app_part,
             "env": selection.env_part,
             **{f"custom_nodes/{name}": part for name, part in selection.node_parts.items()},
         },
-        "sources": [_source(each) for each in selection.application.source],
-        "tree": selection.application.tree,
-        "packages": selection.lock.versions(selection.requesters),
-        "nodes": {
-            name: {"url": node.url, "commit": node.commit, "tree": node.tree} for name, node in selection.pinned.items()
-        },
-        "kernels": {wheel.kernel: wheel.version for wheel in selection.wheels},
-        "wheels": {wheel.kernel: _wheel(wheel) for wheel in selection.wheels},
-        "gate": {
-            "seconds": profile.start_seconds,
-            "version": selection.application.version,
-            "torch": target.stack.torch,
-            "cuda": profile.cuda,
-            "attention": next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
-            "required": [name for name, node in selection.pinned.items() if node.required],
-            "imports": [name for wheel in selection.wheels for name in IMPORTS.get(wheel.kernel, ())],
-        },
-    }
-    for name in ("@", digest([content, _running(selection, prefix, "@")])):
-        content |= {"id": name, **_running(selection, prefix, name)}
-    return content
+        sources=tuple(_source(each) for each in selection.application.source),
+        tree=selection.application.tree,
+        packages=selection.lock.versions(selection.requesters),
+        nodes={name: NodeSource(node.url, node.commit, node.tree) for name, node in selection.pinned.items()},
+        kernels={wheel.kernel: wheel.version for wheel in selection.wheels},
+        wheels={wheel.kernel: _wheel(wheel) for wheel in selection.wheels},
+        gate=Gate(
+            seconds=profile.start_seconds,
+            version=selection.application.version,
+            torch=target.stack.torch,
+            cuda=profile.cuda,
+            attention=next((log for flag, log in ATTENTION.items() if flag in target.flags), ""),
+            required=tuple(name for name, node in selection.pinned.items() if node.required),
+            imports=tuple(name for wheel in selection.wheels for name in IMPORTS.get(wheel.kernel, ())),
+        ),
+    )
+    same, unused = (
+        msgspec.to_builtins(each) for each in (replace(content, **_running(selection, prefix, "@")), ReleaseManifest())
+    )
+    # A feature that is not used, such as one of a later Hearth, changes no id.
+    name = digest({field: value for field, value in same.items() if value != unused[field]})
+    return replace(content, id=name, **_running(selection, prefix, name))
 
 
 def _source(source: Source) -> dict[str, str]:
@@ -110,24 +113,20 @@ def _source(source: Source) -> dict[str, str]:
     return {name: value for name, value in msgspec.to_builtins(source).items() if value}
 
 
-def _wheel(wheel: Manifest) -> dict[str, Any]:
+def _wheel(wheel: Manifest) -> KernelWheel:
     """A kernel wheel's file, with its compilers if its own manifest names them (`kernels.toolchain`)."""
     stack, toolchain = wheel.inputs.get("stack", ()), wheel.inputs.get("toolchain", {})
-    return {
-        "file": wheel.file,
-        "sha256": wheel.sha256,
-        "arch": wheel.arch,
-        "cuda": str(stack[2]) if len(stack) > 2 else "",
-        "compilers": {name: toolchain[name] for name in ("cuda", "cxx") if name in toolchain},
-    }
+    cuda = str(stack[2]) if len(stack) > 2 else ""
+    compilers = {name: toolchain[name] for name in ("cuda", "cxx") if name in toolchain}
+    return KernelWheel(wheel.file, wheel.sha256, wheel.arch, cuda, compilers)
 
 
-def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+def require_complete(manifest: ReleaseManifest) -> ReleaseManifest:
     """Return the manifest; raises HostError if it has no list of packages."""
-    if "packages" not in manifest:
+    if manifest.packages is None:
         raise HostError(
             "old-release",
-            f"the manifest of release {manifest['id']} does not list its packages and wheels",
+            f"the manifest of release {manifest.id} does not list its packages and wheels",
             cause="an older Hearth made it",
             hint="run inv deploy, which writes a new release with the same parts and the list",
         )
@@ -135,7 +134,7 @@ def require_complete(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
-    """The command line, environment and unit, with paths of the release's folder.
+    """The fields with paths of the release's folder: the command line, environment and unit.
 
     They use the release's path, not `current`, so that files of two releases are never mixed.
     """
@@ -167,11 +166,8 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
     argv = _argv(target, place, data, lies, search=bool(paths))
     environment = _environment(target, data)
-    running = {"code": f"{place}/app", "argv": argv, "environment": environment, "files": files, "links": links}
-    running["empty"] = empty
     contained = bool(selection.base_part)
     confined = containers.confinement(selection, made) if contained else units.confinement(selection, prefix, place)
-    running |= {"confined": confined} if confined else {}
     service, command = target.host.service, [*confined, *argv]
     if contained:
         tls = all(flag in target.flags for flag in TLS_FLAGS)
@@ -181,9 +177,18 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
         files[f"{service}.service"] = units.service(selection, command, environment, data, release, more)
     companions = units.companions(selection, prefix, release, developed)
     files |= {f"{service}-{name}": text for name, text in companions.items()}
-    # read by the supervisor, which does this itself, and by the units' processes
-    running |= {"develop": list(developed.values())} if developed else {}
-    return running | ({"free_memory": target.host.free_seconds} if target.host.free_memory else {})
+    return {
+        "code": f"{place}/app",
+        "argv": tuple(argv),
+        "environment": environment,
+        "files": files,
+        "links": links,
+        "empty": tuple(empty),
+        "confined": tuple(confined),
+        # read by the supervisor, which does this itself, and by the units' processes
+        "develop": tuple(developed.values()),
+        "free_memory": target.host.free_seconds,
+    }
 
 
 def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, search: bool) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
+from agent.schema.manifest import ReleaseManifest
 from core import console
 from core.stack import stacks
 from deploy import release as releases
@@ -205,12 +206,12 @@ def broken_release(target: Target, facts: Facts, to: str) -> list[Refusal]:
     """A kept release cannot be put in service again."""
     found: list[Refusal] = []
     remedy = "choose another release, or deploy again"
-    host, manifest = target.host, facts.release(to) or {}
-    damaged = [part for part in manifest.get("parts", {}).values() if facts.parts.get(part) != ""]
+    host, manifest = target.host, facts.release(to) or ReleaseManifest()
+    damaged = [part for part in manifest.parts.values() if facts.parts.get(part) != ""]
     if damaged:
         what = f"release {to} cannot run: {', '.join(damaged)} is missing or damaged"
         found.append(Refusal("damaged-release", what, remedy))
-    listed = manifest.get("files", {f"{host.service}.service": ""})
+    listed = manifest.files or {f"{host.service}.service": ""}
     unit = listed.get(f"{host.service}.container", listed.get(f"{host.service}.service"))
     if unit is None or (host.scope == "system" and unit and f"\nUser={host.run_as}\n" not in unit):
         what = f"release {to} was made for another service or user than {host.service} and {host.run_as}"

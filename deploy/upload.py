@@ -91,7 +91,7 @@ class Upload:
         }
         if "PART.json" in wanted:  # the agent's record of a part
             raise SourceError("unsafe-tree", f"{tree.name} has a file PART.json, a name that Hearth reserves")
-        used = {each["parts"].get(kind) for each in self.facts.releases}
+        used = {each.parts.get(kind) for each in self.facts.releases}
         there = sorted(name for name, error in self.facts.parts.items() if name in used and not error)
         held: dict[str, str] = {}
         found = self.agent.call("contents", parts=there) if there else {}

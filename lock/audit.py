@@ -18,6 +18,7 @@ import msgspec
 import tomli
 import tomlkit
 
+from agent.schema.manifest import ReleaseManifest
 from core import files, foreign, shell, source, tools
 from core.console import counted
 from core.errors import AuditError, SourceError
@@ -86,11 +87,11 @@ def locked() -> Inventory:
     return Inventory(packages, [*(_comfyui(app.version) for app in listed), *ours])
 
 
-def deployed(manifest: Mapping[str, Any]) -> Inventory:
+def deployed(manifest: ReleaseManifest) -> Inventory:
     """The contents of a release, from its manifest, which must list packages."""
-    packages = {each: [f"release {manifest['id']}"] for each in manifest["packages"].items()}
-    theirs = [_node(name, each["url"], each["commit"], each["tree"]) for name, each in manifest["nodes"].items()]
-    return Inventory(packages, [_comfyui(manifest["version"]), *theirs])
+    packages = {each: [f"release {manifest.id}"] for each in (manifest.packages or {}).items()}
+    theirs = [_node(name, each.url, each.commit, each.tree) for name, each in manifest.nodes.items()]
+    return Inventory(packages, [_comfyui(manifest.version), *theirs])
 
 
 def _comfyui(version: str) -> Repository:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from agent.schema.manifest import ReleaseManifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +51,7 @@ _PLAIN = {
 }
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
+def compare(old: ReleaseManifest, new: ReleaseManifest) -> Difference:
     """Compare two releases' manifests."""
     before, after = _kinds(_nameless(old)), _kinds(_nameless(new))
     unknown = tuple(kind for kind in before if before[kind] is None or after[kind] is None)
@@ -57,31 +61,31 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
         if left is not None and right is not None:
             differing = [name for name in sorted(left.keys() | right.keys()) if left.get(name) != right.get(name)]
             changes += [Change(kind, name, left.get(name, ""), right.get(name, "")) for name in differing]
-    shared = tuple(name for name, part in old["parts"].items() if new["parts"].get(name) == part)
-    return Difference(old["id"], new["id"], tuple(changes), tuple(_files(old, new)), shared, unknown)
+    shared = tuple(name for name, part in old.parts.items() if new.parts.get(name) == part)
+    return Difference(old.id, new.id, tuple(changes), tuple(_files(old, new)), shared, unknown)
 
 
-def _nameless(manifest: Mapping[str, Any]) -> Any:
+def _nameless(manifest: ReleaseManifest) -> ReleaseManifest:
     """A manifest with its own id, which every path of a release contains, replaced by `@`."""
-    return json.loads(json.dumps(manifest).replace(manifest["id"], "@"))
+    return msgspec.json.decode(msgspec.json.encode(manifest).replace(manifest.id.encode(), b"@"), type=ReleaseManifest)
 
 
-def _kinds(manifest: Mapping[str, Any]) -> dict[str, Mapping[str, str] | None]:
+def _kinds(manifest: ReleaseManifest) -> dict[str, Mapping[str, str] | None]:
     """All compared values, by kind and name; None for kinds that the manifest does not record."""
-    wheels = manifest.get("wheels")
+    wheels = manifest.wheels
     return {
-        "release": {word: manifest[key] for key, word in _PLAIN.items()},
-        "package": manifest.get("packages"),
-        "node": {name: f"{node['url']} {node['commit']}" for name, node in manifest.get("nodes", {}).items()},
-        "kernel": manifest["kernels"],
+        "release": {word: getattr(manifest, key) for key, word in _PLAIN.items()},
+        "package": manifest.packages,
+        "node": {name: f"{node.url} {node.commit}" for name, node in manifest.nodes.items()},
+        "kernel": manifest.kernels,
         # a rebuilt wheel is different, even with the same version
         "wheel": None
         if wheels is None
-        else {name: f"{each['file']} sha256:{each['sha256']}" for name, each in wheels.items()},
-        "flag": _flags(manifest["argv"]),
-        "variable": manifest["environment"],
-        "gate": {name: json.dumps(value) for name, value in manifest["gate"].items() if name not in _PLAIN},
-        "part": manifest["parts"],
+        else {name: f"{each.file} sha256:{each.sha256}" for name, each in wheels.items()},
+        "flag": _flags(manifest.argv),
+        "variable": manifest.environment,
+        "gate": {name: json.dumps(value) for name, value in vars(manifest.gate).items() if name not in _PLAIN},
+        "part": manifest.parts,
     }
 
 
@@ -96,11 +100,11 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
     return {name: " ".join(values) or "on" for name, values in found.items()}
 
 
-def _files(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    before, after = _nameless(old)["files"], _nameless(new)["files"]
+def _files(old: ReleaseManifest, new: ReleaseManifest) -> Iterator[str]:
+    before, after = _nameless(old).files, _nameless(new).files
     for name in sorted(before.keys() | after.keys()):
         left, right = before.get(name, "").splitlines(), after.get(name, "").splitlines()
-        yield from difflib.unified_diff(left, right, f"{old['id']}/{name}", f"{new['id']}/{name}", lineterm="", n=1)
+        yield from difflib.unified_diff(left, right, f"{old.id}/{name}", f"{new.id}/{name}", lineterm="", n=1)
 
 
 def rows(found: Difference) -> Iterator[str]:

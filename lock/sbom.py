@@ -6,7 +6,7 @@ The same release gives the same bytes: no timestamp, and a serial number derived
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
 from cyclonedx.model import ExternalReference, ExternalReferenceType, HashAlgorithm, HashType, Property, XsUri
@@ -15,11 +15,13 @@ from cyclonedx.model.component import Component, ComponentScope, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
+from agent.schema.manifest import KernelWheel, ReleaseManifest
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
-def write(manifest: Mapping[str, Any], debian: Mapping[str, str] | None = None, architecture: str = "") -> str:
+def write(manifest: ReleaseManifest, debian: Mapping[str, str] | None = None, architecture: str = "") -> str:
     """The SBOM of the release with that manifest, as JSON. The manifest must list packages and wheels.
 
     `debian` are the Debian packages of an image, by name, for an `architecture`.
@@ -31,14 +33,14 @@ def write(manifest: Mapping[str, Any], debian: Mapping[str, str] | None = None, 
     release = Component(
         type=ComponentType.APPLICATION,
         name="hearth-release",
-        version=manifest["id"],
-        bom_ref=f"release:{manifest['id']}",
+        version=manifest.id,
+        bom_ref=f"release:{manifest.id}",
         properties=_properties(manifest, "stack", "torch", "python", "platform", "profile"),
     )
-    bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:hearth:release:{manifest['id']}"))
+    bom = Bom(serial_number=uuid5(NAMESPACE_URL, f"urn:hearth:release:{manifest.id}"))
     bom.metadata.timestamp = None  # type: ignore[assignment]  # optional in the standard; the default is now
     bom.metadata.component = release
-    wheels = {name: _wheel(name, manifest) for name in manifest["wheels"]}
+    wheels = {name: _wheel(name, manifest) for name in manifest.wheels or ()}
     running = [_comfyui(manifest), *_nodes(manifest), *_packages(manifest), *wheels.values()]
     for name, version in (debian or {}).items():
         purl = PackageURL("deb", "debian", name, version, {"arch": architecture})
@@ -46,22 +48,22 @@ def write(manifest: Mapping[str, Any], debian: Mapping[str, str] | None = None, 
     bom.register_dependency(release, running)
     bom.components.update(running)
     for name, wheel in wheels.items():
-        compilers = list(_compilers(manifest["wheels"][name]))
+        compilers = list(_compilers((manifest.wheels or {})[name]))
         bom.register_dependency(wheel, compilers)
         bom.components.update(compilers)
     return str(JsonV1Dot6(bom).output_as_string(indent=2)) + "\n"
 
 
-def _comfyui(manifest: Mapping[str, Any]) -> Component:
+def _comfyui(manifest: ReleaseManifest) -> Component:
     """ComfyUI at its pinned commit, with the other sources of the same tree."""
     found = Component(
         type=ComponentType.APPLICATION,
         name="ComfyUI",
-        version=manifest["version"],
+        version=manifest.version,
         bom_ref="comfyui",
         properties=_properties(manifest, "tree"),
     )
-    for source in manifest["sources"]:
+    for source in manifest.sources:
         if "git" in source:
             found.purl = found.purl or _repository(source["git"], source["commit"])
             found.external_references.add(_commit(source["git"], source["commit"]))
@@ -76,51 +78,51 @@ def _comfyui(manifest: Mapping[str, Any]) -> Component:
     return found
 
 
-def _nodes(manifest: Mapping[str, Any]) -> Iterable[Component]:
-    for name, node in manifest["nodes"].items():
+def _nodes(manifest: ReleaseManifest) -> Iterable[Component]:
+    for name, node in manifest.nodes.items():
         yield Component(
             type=ComponentType.LIBRARY,
             name=name,
-            version=node["commit"],
+            version=node.commit,
             bom_ref=f"node:{name}",
-            purl=_repository(node["url"], node["commit"]),
-            external_references=[_commit(node["url"], node["commit"])],
+            purl=_repository(node.url, node.commit),
+            external_references=[_commit(node.url, node.commit)],
             properties=_properties(node, "tree"),
         )
 
 
-def _packages(manifest: Mapping[str, Any]) -> Iterable[Component]:
-    for name, version in manifest["packages"].items():
+def _packages(manifest: ReleaseManifest) -> Iterable[Component]:
+    for name, version in (manifest.packages or {}).items():
         purl = PackageURL("pypi", None, name, version)
         yield Component(type=ComponentType.LIBRARY, name=name, version=version, bom_ref=f"{purl}", purl=purl)
 
 
-def _wheel(name: str, manifest: Mapping[str, Any]) -> Component:
+def _wheel(name: str, manifest: ReleaseManifest) -> Component:
     """A kernel wheel. Hearth built it and no index has it, so its package URL is not pkg:pypi."""
-    wheel, version = manifest["wheels"][name], manifest["kernels"][name]
+    wheel, version = (manifest.wheels or {})[name], manifest.kernels[name]
     return Component(
         type=ComponentType.LIBRARY,
         name=name,
         version=version,
         bom_ref=f"wheel:{name}",
-        purl=PackageURL("generic", None, name, version, {"checksum": f"sha256:{wheel['sha256']}"}),
-        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=wheel["sha256"])],
+        purl=PackageURL("generic", None, name, version, {"checksum": f"sha256:{wheel.sha256}"}),
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=wheel.sha256)],
         properties=_properties(wheel, "file", "arch"),
     )
 
 
-def _compilers(wheel: Mapping[str, Any]) -> Iterable[Component]:
+def _compilers(wheel: KernelWheel) -> Iterable[Component]:
     """The compilers of a wheel; `kernels.toolchain` writes their identities."""
-    for kind, identity in wheel["compilers"].items():
+    for kind, identity in wheel.compilers.items():
         # g++ --version prints `g++ (Debian 12.2.0-14) 12.2.0`; other distributions append more.
         version = re.search(r"(?:\)|version) (\d[\d.]*)", identity)
         yield Component(
             type=ComponentType.APPLICATION,
             name="nvcc" if kind == "cuda" else identity.split()[0],
-            version=wheel["cuda"] if kind == "cuda" else version and version[1],
+            version=wheel.cuda if kind == "cuda" else version and version[1],
             bom_ref=f"compiler:{identity}",
             scope=ComponentScope.EXCLUDED,
-            properties=_properties({"identity": identity}, "identity"),
+            properties=[Property(name="hearth:identity", value=identity)],
         )
 
 
@@ -134,6 +136,6 @@ def _commit(url: str, commit: str) -> ExternalReference:
     return ExternalReference(type=ExternalReferenceType.VCS, url=XsUri(url), comment=f"commit {commit}")
 
 
-def _properties(values: Mapping[str, str], *names: str) -> list[Property]:
-    """Some of the values as properties; the standard recommends a namespace."""
-    return [Property(name=f"hearth:{name}", value=values[name]) for name in names]
+def _properties(values: object, *names: str) -> list[Property]:
+    """Some attributes as properties; the standard recommends a namespace."""
+    return [Property(name=f"hearth:{name}", value=getattr(values, name)) for name in names]

@@ -137,8 +137,10 @@ def _plain(answer: fleet.Answer[Status]) -> dict[str, Any]:
         problems = [{"what": error.what, "remedy": error.hint, "kind": error.kind}]
         return {"host": answer.host, "reached": False, "well": False, "problems": problems}
     facts, live = status.facts, status.live
-    release = facts.release(facts.current) or {}
-    about = {name: release.get(name) for name in ("version", "torch", "stack", "profile", "python", "kernels")}
+    release = facts.release(facts.current)
+    about = {
+        name: getattr(release, name, None) for name in ("version", "torch", "stack", "profile", "python", "kernels")
+    }
     return {
         "host": status.host,
         "reached": True,

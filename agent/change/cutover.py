@@ -207,7 +207,7 @@ class Cutover:
         """Run the health gate, and the plan's workflows unless the trial has. Raises AgentError."""
         release = self.layout.manifest(self.record.to)
         clear = clearer(self.layout, self.note)
-        prover = Prover(self.layout, self.manager, release, release["argv"], self.note, clear)
+        prover = Prover(self.layout, self.manager, release, release.argv, self.note, clear)
         proofs = () if self.record.proved else self.step.proofs
         gate(self.layout, self.manager, release, self.note, lambda: prover.run(proofs))
 
@@ -299,7 +299,7 @@ class Cutover:
         if self.record.was_active and not failures and not self.layout.unmounted():
             try:
                 old = self.layout.manifest(previous)
-                first_answer(Endpoint.of(old["argv"]), self.manager, old["gate"]["seconds"])
+                first_answer(Endpoint.of(old.argv), self.manager, old.gate.seconds)
             except AgentError as error:
                 failures.append(f"release {previous} is restored, but does not answer: {error}")
             else:

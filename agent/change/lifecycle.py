@@ -143,7 +143,7 @@ def await_answer(layout: Layout, manager: Manager, note: Note) -> None:
     began = time.monotonic()
     manager.start()
     try:
-        stats = first_answer(endpoint(layout), manager, layout.manifest(layout.release())["gate"]["seconds"])
+        stats = first_answer(endpoint(layout), manager, layout.manifest(layout.release()).gate.seconds)
     except AgentError as error:
         error.report |= {
             "kind": "silent",

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from agent.change.database import forget
 from agent.deletion import remove
-from agent.files import Note, link, read, write
+from agent.files import Note, link, record, write
 from agent.install import prune as prune_agents
 from agent.journal import history, pending
 from agent.layout import Layout
@@ -23,19 +23,19 @@ from agent.serve.managers import manager_of
 def release(layout: Layout, step: Release, note: Note) -> None:
     """Write a release: its manifest, its files such as the unit, and links to its parts."""
     manifest = step.release
-    place = layout.releases / manifest["id"]
+    place = layout.releases / manifest.id
     place.mkdir(parents=True, exist_ok=True)
-    for kind, name in manifest["parts"].items():
+    for kind, name in manifest.parts.items():
         link(place / kind, f"../../{'../' * kind.count('/')}parts/{name}")
-    for name, target in manifest["links"].items():
+    for name, target in manifest.links.items():
         link(place / name, target)
-    for name in manifest.get("empty", ()):
+    for name in manifest.empty or ():
         (place / name).mkdir(parents=True, exist_ok=True)
-    for name, text in manifest["files"].items():
+    for name, text in manifest.files.items():
         write(place / name, text)
-    if any(manifest.get(each) for each in ("develop", "free_memory", "confined")):  # these features run the agent
+    if manifest.develop or manifest.free_memory or manifest.confined:  # these features run the agent
         link(place / "agent", os.path.relpath(layout.agent.resolve(), place.resolve()))
-    write(place / "release.json", json.dumps(manifest, indent=1))
+    record(place / "release.json", manifest)
 
 
 def serve(layout: Layout, step: Serve, note: Note) -> None:
@@ -54,7 +54,8 @@ def prune(layout: Layout, step: Prune, note: Note) -> None:
         if path.name not in (*step.keep, current):
             remove(path)
             forget(layout.databases / path.name)
-    named = {part for path in layout.releases.glob("*/release.json") for part in read(path)["parts"].values()}
+    kept = [layout.manifest(path.parent.name) for path in layout.releases.glob("*/release.json")]
+    named = {part for each in kept for part in each.parts.values()}
     for path in layout.parts.glob("*"):
         if path.name not in named:
             remove(path)

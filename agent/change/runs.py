@@ -168,11 +168,11 @@ def _missing(layout: Layout, steps: list[Step]) -> set[str]:
     releases = {step.to for step in steps if isinstance(step, CutOver)}
     for step in steps:
         if isinstance(step, Release):
-            parts |= set(step.release["parts"].values())
-            releases.discard(step.release["id"])
+            parts |= set(step.release.parts.values())
+            releases.discard(step.release.id)
     parts -= {step.part for step in steps if isinstance(step, (Base, Tree, Env))}
     lack = {name for name in parts if not (layout.parts / name).is_dir()}
-    return lack | {name for name in releases if not layout.manifest(name)}
+    return lack | {name for name in releases if not layout.manifest(name).id}
 
 
 RESERVED = 65536

@@ -17,6 +17,7 @@ from agent.layout import Layout
 from agent.parts import as_service, contents, part
 from agent.processes import run
 from agent.schema.change import Base, Env, Node, Tool, Tree
+from agent.schema.manifest import ReleaseManifest
 from agent.serve.sandbox import confined_to, sandboxed
 
 
@@ -155,7 +156,7 @@ def _install(layout: Layout, step: Node, place: Path, note: Note) -> None:
     remove(scratch)
     scratch.mkdir(parents=True)
     environment = {**step.environment, **dict.fromkeys(("HOME", "XDG_CACHE_HOME", "TMPDIR"), room)}
-    release = {"environment": environment, "confined": confined_to(scratch, layout, step)}
+    release = ReleaseManifest(environment=environment, confined=tuple(confined_to(scratch, layout, step)))
     python = str(layout.parts / step.install / "bin/python")
     argv = [step.python, "-I", "-S", "-c", _INSTALLER, str(place), f"{room}/node", python]
     try:

@@ -31,6 +31,7 @@ from agent.parts import as_service, drop_root
 from agent.processes import end_descendants, logged, run, take_orphans, wait_for
 from agent.schema.change import COMPARED, CutOver, Proof
 from agent.schema.facts import Service
+from agent.schema.manifest import ReleaseManifest
 from agent.schema.records import Proven
 from agent.serve.health import first_answer, prove, report_changed_types
 from agent.serve.managers import Manager
@@ -70,7 +71,9 @@ def trial_of(layout: Layout, manager: Manager) -> Trial:
     return SystemdTrial(layout) if isinstance(manager, Systemd) else Trial(layout)
 
 
-def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step: CutOver, database: Path) -> bool:
+def run_trial(
+    layout: Layout, manager: Manager, release: ReleaseManifest, note: Note, step: CutOver, database: Path
+) -> bool:
     """Prove a release without touching the current one. Return whether it also ran the workflows of `step`.
 
     It gets a copy of the database in the folder `database`.
@@ -97,7 +100,7 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step:
     except Exception as error:
         report = error.report if isinstance(error, AgentError) else AgentError("trial", repr(error)).report
         still = f"release {current} stays in service: nothing was stopped" if current else "no release was in service"
-        error = AgentError("trial", f"release {release['id']} failed its trial: {report['what']}")
+        error = AgentError("trial", f"release {release.id} failed its trial: {report['what']}")
         error.report["cause"] = "\n".join(filter(None, [report["cause"], still]))
         error.report["hint"] = report["hint"] or "read the log above; to try again: inv deploy"
         with suppress(AgentError, OSError):
@@ -107,7 +110,7 @@ def run_trial(layout: Layout, manager: Manager, release: Json, note: Note, step:
         trial.clear()
     if times is not None:  # otherwise the gate reports them
         report_changed_types(recorded(layout.releases / current / "proven", Proven, lenient=True), proof, note)
-    if times and current not in ("", release["id"]):
+    if times and current not in ("", release.id):
         _compare(layout, manager, step.proofs, times, note)
     return times is not None
 
@@ -125,7 +128,7 @@ def _compare(layout: Layout, manager: Manager, proofs: Sequence[Proof], times: M
             raise AgentError("trial", short)
         release = layout.manifest(current)
         trial.start(release)
-        first_answer(Endpoint.of(trial.argv), trial, release["gate"]["seconds"])
+        first_answer(Endpoint.of(trial.argv), trial, release.gate.seconds)
         for each in proofs:
             before |= Prover(layout, trial, release, trial.argv, lambda _: None).run([each])
     except Exception as error:  # the new release has passed; nothing depends on this
@@ -140,10 +143,10 @@ IMPORT_SECONDS = 300
 """Time limit for importing torch and the kernels from a cold disk."""
 
 
-def imports(release: Json) -> list[str]:
+def imports(release: ReleaseManifest) -> list[str]:
     """Return the command that imports all kernels of the release: ComfyUI loads only the one it uses."""
-    names = release["gate"].get("imports", ())
-    return [release["argv"][0], "-I", "-B", "-c", f"import torch, {', '.join(names)}"] if names else []
+    names = release.gate.imports
+    return [release.argv[0], "-I", "-B", "-c", f"import torch, {', '.join(names)}"] if names else []
 
 
 class Trial:
@@ -169,9 +172,9 @@ class Trial:
             text = re.sub(rf"{re.escape(path)}(?![\w.-])", str(place).replace("\\", r"\\"), text)
         return text
 
-    def confined(self, release: Json) -> list[str]:
+    def confined(self, release: ReleaseManifest) -> list[str]:
         """Return the release's confining command prefix, adapted to the trial's paths and port."""
-        words = [self.moved(word) for word in release.get("confined", ())]
+        words = [self.moved(word) for word in release.confined]
         if words and "write" in json.loads(words[-2]):
             spec, port = json.loads(words[-2]), int(self.argv[self.argv.index("--port") + 1])
             models = self.layout.elsewhere.get("models")  # the real models
@@ -180,7 +183,7 @@ class Trial:
             words[-2] = json.dumps({**spec, "bind": [port], "connect": [*spec["connect"], port]})
         return words
 
-    def prepare(self, release: Json, models: Path) -> None:
+    def prepare(self, release: ReleaseManifest, models: Path) -> None:
         """Choose a port and create the scratch data as the service user; `models` is the target of its models link.
 
         Raises AgentError if an earlier trial's files cannot be deleted.
@@ -190,14 +193,13 @@ class Trial:
             what = f"{self.room} could not be deleted: an earlier trial left too many files in it, or a mount"
             raise AgentError("trial", what, "", f"inspect it, then delete it: rm -r --one-file-system {self.room}")
         port = self.port()
-        self.argv = list(release["argv"])
+        self.argv = list(release.argv)
         for flag, value in (("--listen", "127.0.0.1"), ("--port", str(port))):
             self.argv[self.argv.index(flag) + 1] = value
         for place in self.places.values():
             place.mkdir(0o750, parents=True)
             os.chown(place, *self.layout.owner())
-        inside = [self.moved(name) for name in release.get("folders", ())]
-        as_service(self.layout, _fill, self.layout.data, self.scratch, inside, models, self.database)
+        as_service(self.layout, _fill, self.layout.data, self.scratch, models, self.database)
         source = self.layout.folder("input")
         if workflows := [proof.workflow for proof in self.proofs]:
             as_service(self.layout, _copy_inputs, source, Path(self.moved(str(source))), workflows)
@@ -215,11 +217,11 @@ class Trial:
                 raise AgentError("trial", what, why, "stop that program, then run the same command again") from None
             return int(probe.getsockname()[1])
 
-    def start(self, release: Json) -> None:
+    def start(self, release: ReleaseManifest) -> None:
         """Start a release. Raises AgentError if a kernel cannot be imported."""
         self.prepare(release, self.layout.data / "models")
         self.argv = [self.moved(word) for word in self.argv]
-        variables = {name: self.moved(value) for name, value in release["environment"].items()}
+        variables = {name: self.moved(value) for name, value in release.environment.items()}
         self.spared = take_orphans()
         log = (self.layout.state / "trial.log").open("wb", buffering=0)  # stays open while any process runs
         if check := imports(release):
@@ -275,9 +277,9 @@ class SystemdTrial(Trial):
         self.unit.quadlets = own / "containers/systemd"  # podman-systemd.unit(5)
         self.place = self.unit.units / self.unit.unit
 
-    def start(self, release: Json) -> None:
+    def start(self, release: ReleaseManifest) -> None:
         """Start a release. The service's drop-ins (systemctl edit) apply to the trial, too."""
-        container = self.layout.releases / release["id"] / f"{self.layout.service}.container"
+        container = self.layout.releases / release.id / f"{self.layout.service}.container"
         if container.exists():
             self.start_container(release, container.read_text())
             return
@@ -308,17 +310,17 @@ class SystemdTrial(Trial):
         run([*self.unit.ctl, "daemon-reload"])
         self.unit.start()
 
-    def seconds(self, release: Json) -> int:
+    def seconds(self, release: ReleaseManifest) -> int:
         """Return the longest time that it may run."""
         proofs = sum(2 * (each.seconds + EXAMINE_SECONDS) for each in self.proofs)
-        return int(release["gate"]["seconds"] + 900 + proofs)
+        return int(release.gate.seconds + 900 + proofs)
 
-    def start_container(self, release: Json, text: str) -> None:
+    def start_container(self, release: ReleaseManifest, text: str) -> None:
         """Start a release in a container of its own, which has the scratch data in place of the real data."""
         real = Path(f"/run/{self.layout.service}-data")
         self.prepare(release, real / "models")
         models = self.layout.elsewhere.get("models", "")
-        confined = release.get("confined", ())
+        confined = release.confined
         command = shlex.join([*confined, *self.argv])
         if check := imports(release):
             command = shlex.join([*confined, "/bin/sh", "-c", f"{shlex.join(check)} && exec {shlex.join(self.argv)}"])
@@ -362,7 +364,7 @@ class SystemdTrial(Trial):
         return self.unit.log(lines)
 
 
-def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None, database: Path) -> None:
+def _fill(data: Path, scratch: Path, models: Path | None, database: Path) -> None:
     """Create the scratch data: folders, a copy of the database, and copies of the nodes' small files."""
     left = SMALL_ONES
     for name, folder in itertools.chain(branches(data, "nodes"), branches(data, "comfyui")):  # releases link to these
@@ -382,7 +384,7 @@ def _fill(data: Path, scratch: Path, folders: list[str], models: Path | None, da
             break
     if models:
         (scratch / "models").symlink_to(models)
-    for name in (*DATA, *folders):
+    for name in DATA:
         if not (scratch / name).is_symlink():  # it may dangle until the trial begins
             (scratch / name).mkdir(parents=True, exist_ok=True)
     _copy_live(database, scratch / "user/comfyui.db")

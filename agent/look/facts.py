@@ -26,6 +26,7 @@ from agent.look.storage import databases, folder_problem, free_bytes, mount_stat
 from agent.parts import damages_of, forked
 from agent.schema.facts import Ended, Facts, Paused, Questions, Report, Service
 from agent.schema.live import GpuState
+from agent.schema.manifest import ReleaseManifest
 from agent.schema.records import Proven
 from agent.serve.confine import abi as landlock
 from agent.serve.managers import manager_of
@@ -118,15 +119,14 @@ def _releases(layout: Layout) -> Json:
         current = layout.release()
     except AgentError as error:
         problem = error.report
-    manifests = [
-        found for path in sorted(layout.releases.glob("*/release.json")) if (found := read(path, lenient=True))
-    ]
+    paths = sorted(layout.releases.glob("*/release.json"))
+    manifests = [found for path in paths if (found := recorded(path, ReleaseManifest, lenient=True)).id]
     runs = history(layout)
     return {
         "current": current,
         "current_error": problem,
         "releases": tuple(manifests),
-        "altered": tuple(each["id"] for each in manifests if altered(layout, each)),
+        "altered": tuple(each.id for each in manifests if altered(layout, each)),
         "proven": tuple(_proven(layout, runs)),
         "databases": databases(layout),
         "failed_nodes": recorded(layout.releases / current / "proven", Proven, lenient=True).failed_nodes,
@@ -212,19 +212,19 @@ def _proven(layout: Layout, runs: list[Ended]) -> list[str]:
     return sorted(names, key=lambda name: -served.get(name, -1))
 
 
-def altered(layout: Layout, manifest: Json) -> bool:
+def altered(layout: Layout, manifest: ReleaseManifest) -> bool:
     """Return whether a release's files or links differ from its manifest; older manifests may list none."""
-    place = layout.releases / manifest["id"]
+    place = layout.releases / manifest.id
     try:
-        links = {kind: (place / kind).readlink().name for kind in manifest["parts"]}
-        links |= {name: str((place / name).readlink()) for name in manifest.get("links", {})}
-        nodes = {name.partition("/")[2] for name in (*links, *manifest.get("empty", ())) if name.startswith("custom_")}
-        if "empty" in manifest and {*os.listdir(place / "custom_nodes")} != nodes - {""}:  # noqa: PTH208
+        links = {kind: (place / kind).readlink().name for kind in manifest.parts}
+        links |= {name: str((place / name).readlink()) for name in manifest.links}
+        nodes = {name.partition("/")[2] for name in (*links, *(manifest.empty or ())) if name.startswith("custom_")}
+        if manifest.empty is not None and {*os.listdir(place / "custom_nodes")} != nodes - {""}:  # noqa: PTH208
             return True  # ComfyUI imports every entry
-        files = {name: (place / name).read_text() for name in manifest.get("files", {})}
+        files = {name: (place / name).read_text() for name in manifest.files}
     except OSError:
         return True
-    return (links, files) != (manifest["parts"] | manifest.get("links", {}), manifest.get("files", {}))
+    return (links, files) != (manifest.parts | manifest.links, manifest.files)
 
 
 _NO_SERVICE = Service(active=False, state="absent", enabled=False, linked=False, restarts=0, since="", pid=0)

@@ -17,6 +17,7 @@ from agent.layout import Layout
 from agent.look.gpu import process
 from agent.processes import run
 from agent.schema.live import Mps, MpsClient, MpsServer
+from agent.schema.manifest import ReleaseManifest
 from agent.serve.managers import manager_of
 from agent.serve.sandbox import sandboxed
 from agent.serve.systemd import UNITS
@@ -91,7 +92,7 @@ def _said(control: str, command: str, pipes: str, layout: Layout) -> list[str]:
     Outside the sandbox, a process of that user would let ComfyUI escape (/proc/PID/root).
     """
     unit = read_text(UNITS / f"{layout.service}-mps.service")
-    release = {"environment": {"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"}}
+    release = ReleaseManifest(environment={"CUDA_MPS_PIPE_DIRECTORY": pipes, "PATH": "/usr/bin:/bin"})
     argv = ["/bin/sh", "-c", 'echo "$1" | "$0"', control, command]
     try:
         output = sandboxed(layout, unit, argv, release, seconds=SECONDS, most=LONGEST).decode(errors="replace")

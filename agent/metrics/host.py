@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from prometheus_client import ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
-from agent.files import AgentError, meminfo, read, recorded
+from agent.files import AgentError, meminfo, recorded
 from agent.journal import DEPLOYS, history, last
 from agent.layout import Layout
 from agent.look.gpu import Nvml
+from agent.schema.manifest import ReleaseManifest
 from agent.schema.records import Proven
 from agent.serve.systemd import Systemd
 
@@ -67,12 +68,12 @@ class Release:
 
 
 def _info(path: Path) -> Metric:
-    manifest = read(path)
-    labels = {name: str(manifest[name]) for name in ("version", "torch", "stack", "profile", "python")}
-    labels["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest["kernels"].items()))
+    manifest = recorded(path, ReleaseManifest)
+    labels = {name: str(getattr(manifest, name)) for name in ("version", "torch", "stack", "profile", "python")}
+    labels["kernels"] = ", ".join(f"{name} {version}" for name, version in sorted(manifest.kernels.items()))
     # The attention verified by the gate; empty if ComfyUI selects it.
-    labels["attention"] = manifest["gate"]["attention"]
-    return InfoMetricFamily("hearth_release", "The active release.", {"release": manifest["id"], **labels})
+    labels["attention"] = manifest.gate.attention
+    return InfoMetricFamily("hearth_release", "The active release.", {"release": manifest.id, **labels})
 
 
 def _deploy(layout: Layout) -> list[Metric]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from agent.schema.decode import decode
 from agent.schema.installed import InstalledExporter, InstalledGateway
+from agent.schema.manifest import ReleaseManifest
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Release(Step):
     """Write a release."""
 
     kind = "release"
-    release: dict[str, Any]  # its manifest
+    release: ReleaseManifest
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from agent.schema.installed import ExporterState
+from agent.schema.manifest import ReleaseManifest
 
 
 class Report(TypedDict, total=False):
@@ -196,7 +197,7 @@ class Facts:
     lingers: bool  # false where the login's systemd could run the service if lingering were enabled
     current: str  # id of the release in service; empty: none
     current_error: Report  # why `current` is not usable; empty: it is
-    releases: tuple[dict[str, Any], ...]  # manifests of all releases that are kept
+    releases: tuple[ReleaseManifest, ...]  # all that are kept
     altered: tuple[str, ...]  # ids of releases whose unit or links were changed on disk
     proven: tuple[str, ...]  # ids of releases that passed the health check, latest first
     failed_nodes: dict[str, str]  # nodes that the current release could not import, with the error
@@ -235,6 +236,6 @@ class Facts:
         """The machine as wheel tags name it."""
         return f"linux_{self.machine}"
 
-    def release(self, name: str) -> dict[str, Any] | None:
+    def release(self, name: str) -> ReleaseManifest | None:
         """Return a kept release's manifest; None if there is none with this id."""
-        return next((each for each in self.releases if each["id"] == name), None)
+        return next((each for each in self.releases if each.id == name), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,6 +17,7 @@ from agent.layout import PROOF, Layout
 from agent.parts import as_service
 from agent.processes import LINE, LOG_BYTES
 from agent.schema.facts import Service
+from agent.schema.manifest import Gate, ReleaseManifest
 from agent.schema.records import Proven
 
 
@@ -81,15 +82,15 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
 
 
 def gate(
-    layout: Layout, process: Process, release: Json, note: Note, further: Callable[[], object] = lambda: None
+    layout: Layout, process: Process, release: ReleaseManifest, note: Note, further: Callable[[], object] = lambda: None
 ) -> None:
     """Prove that the current release is healthy and store the result in its `proven` file. Raises AgentError.
 
     `further` does more checks after the common ones.
     """
-    proof = prove(Endpoint.of(release["argv"]), process, release, release["argv"], note, clearer(layout, note))
+    proof = prove(Endpoint.of(release.argv), process, release, release.argv, note, clearer(layout, note))
     further()
-    record(layout.releases / release["id"] / "proven", proof)
+    record(layout.releases / release.id / "proven", proof)
 
 
 TYPES = 20_000
@@ -114,8 +115,8 @@ def clearer(layout: Layout, note: Note) -> Callable[[], None]:
 def prove(
     place: Endpoint,
     process: Process,
-    release: Json,
-    command: list[str],
+    release: ReleaseManifest,
+    command: Sequence[str],
     note: Note,
     clear: Callable[[], None],
 ) -> Proven:
@@ -123,24 +124,22 @@ def prove(
 
     `command` is the command that started it; `clear` deletes the pictures.
     """
-    wanted = release["gate"]
+    wanted = release.gate
     started = time.monotonic()
-    stats = first_answer(place, process, wanted["seconds"])
+    stats = first_answer(place, process, wanted.seconds)
     note(f"answers after {time.monotonic() - started:.1f} s: ComfyUI {stats['version']}")
-    _check_stats(stats, wanted, command[command.index(f"{release['code']}/main.py") :])
-    lines = output(place, process, "Import times for custom nodes:" if release.get("nodes") else "")
-    if wanted["attention"]:
+    _check_stats(stats, wanted, command[command.index(f"{release.code}/main.py") :])
+    lines = output(place, process, "Import times for custom nodes:" if release.nodes else "")
+    if wanted.attention:
         used = next(
             (line.strip() for line in lines if re.search(r"Using .* attention", line)), "nothing about attention"
         )
-        if wanted["attention"].lower() not in used.lower():
-            raise AgentError("gate", f"ComfyUI does not use {wanted['attention']}", f"its log: {printable(used)}")
-        note(f"attention: {wanted['attention']}")
-    failed = _failed_nodes(
-        lines, {*release.get("nodes", ()), *(Path(each).name for each in release.get("develop", ()))}
-    )
+        if wanted.attention.lower() not in used.lower():
+            raise AgentError("gate", f"ComfyUI does not use {wanted.attention}", f"its log: {printable(used)}")
+        note(f"attention: {wanted.attention}")
+    failed = _failed_nodes(lines, {*release.nodes, *(Path(each).name for each in release.develop)})
     for name, reason in failed.items():
-        if name in wanted.get("required", ()):
+        if name in wanted.required:
             raise AgentError("gate", f"required node {name} cannot be imported", reason)
         note(f"node {name} cannot be imported: {reason}")
     for turn in ("first", "second"):  # an upstream regression hangs in the second workflow only (ComfyUI#15269)
@@ -149,19 +148,19 @@ def prove(
     return Proven(now(), failed, types, _replacements(place, types))
 
 
-def _check_stats(stats: Json, wanted: Json, argv: list[str]) -> None:
+def _check_stats(stats: Json, wanted: Gate, argv: Sequence[str]) -> None:
     kinds = sorted({device["type"] for device in stats["devices"]})
     checks = [
-        ("ComfyUI", stats["version"], wanted["version"]),
+        ("ComfyUI", stats["version"], wanted.version),
         ("its command line", " ".join(stats["argv"]), " ".join(argv)),
-        ("torch", stats["torch"].partition("+")[0], wanted["torch"]),
+        ("torch", stats["torch"].partition("+")[0], wanted.torch),
     ]
     for what, found, expected in checks:
         if found != expected:
             raise AgentError(
                 "gate", f"{what} differs from the release", f"found {printable(found, 2000)}, expected {expected}"
             )
-    if wanted["cuda"] and "cuda" not in kinds:
+    if wanted.cuda and "cuda" not in kinds:
         raise AgentError(
             "gate", "ComfyUI sees no CUDA device", f"it runs on {', '.join(kinds[:5])}", "inv doctor checks the GPU"
         )

@@ -13,6 +13,7 @@ from agent.api import Endpoint, checked, parsed, printable, seconds_of
 from agent.files import AgentError, Json, Note
 from agent.layout import PROOF, Layout
 from agent.schema.change import Proof
+from agent.schema.manifest import ReleaseManifest
 from agent.serve.health import Process, fetch, finished, output
 from agent.serve.sandbox import python_of, sandboxed, unit_of
 
@@ -39,8 +40,8 @@ class Prover:
 
     layout: Layout
     process: Process
-    release: Json
-    command: list[str]
+    release: ReleaseManifest
+    command: Sequence[str]
     note: Note
     clear: Callable[[], None] = lambda: None
 

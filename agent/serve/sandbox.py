@@ -17,6 +17,7 @@ from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.processes import end_descendants, inherited, take_orphans
 from agent.schema.change import Node
+from agent.schema.manifest import ReleaseManifest
 
 # Unit settings for the command and its lifetime; the other settings are the sandbox.
 _ITS_OWN = re.compile(
@@ -32,7 +33,7 @@ def sandboxed(
     layout: Layout,
     unit: str,
     argv: list[str],
-    release: Json,
+    release: ReleaseManifest,
     *,
     seconds: int,
     most: int = OUTPUT,
@@ -50,7 +51,7 @@ def sandboxed(
     AgentError.
     """
     variables = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8"}  # not the deploying user's environment
-    variables |= {**release["environment"], "PYTHONDONTWRITEBYTECODE": "1"}
+    variables |= {**release.environment, "PYTHONDONTWRITEBYTECODE": "1"}
     if "[Container]" in unit:
         command = _in_container(layout, unit, argv, variables, seconds, apart=apart, network=network)
         return _output(command, inherited(), seconds + 10, most, given)
@@ -72,7 +73,7 @@ def sandboxed(
         words += [f"--setenv={name}={value}" for name, value in variables.items()]
         command = [*words, "--", *argv]
     else:
-        command = [*release.get("confined", ()), *argv]
+        command = [*release.confined, *argv]
     return _output(
         command, {**inherited(), **variables} if layout.scope == "system" else variables, seconds, most, given
     )
@@ -117,15 +118,15 @@ def _split(line: str) -> list[str]:
     return [f"{key}={word}" for word in words.split()] if key.startswith("IPAddress") else [line]
 
 
-def unit_of(layout: Layout, release: Json) -> str:
+def unit_of(layout: Layout, release: ReleaseManifest) -> str:
     """Return the text of a release's unit, or of its container; empty without either."""
-    files: dict[str, str] = release["files"]
+    files: dict[str, str] = release.files
     return files.get(f"{layout.service}.container") or files.get(f"{layout.service}.service", "")
 
 
-def python_of(layout: Layout, release: Json) -> str:
+def python_of(layout: Layout, release: ReleaseManifest) -> str:
     """Return the Python of a release's environment, in its part: a container of `sandboxed` has no releases."""
-    return str(layout.parts / release["parts"]["env"] / "bin/python")
+    return str(layout.parts / release.parts["env"] / "bin/python")
 
 
 def confined_to(folder: Path, layout: Layout, step: Node) -> list[str]:

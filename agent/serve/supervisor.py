@@ -8,11 +8,11 @@ import subprocess
 import time
 from contextlib import ExitStack, suppress
 
-from agent.files import Json
 from agent.journal import now
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import end_descendants, logged, take_orphans, wait_for
+from agent.schema.manifest import ReleaseManifest
 from agent.serve.health import free_if_idle
 from agent.serve.supervised import Supervised
 from agent.serve.watch import Watcher
@@ -56,7 +56,7 @@ class Supervisor:
                     wait_for(lambda: self.stopping or not self.layout.unmounted(), 60)
                     continue
                 release = self.layout.manifest(self.layout.release())
-                watcher = Watcher(release.get("develop", []))
+                watcher = Watcher(release.develop)
                 if not self.run_once(release, watcher) and not self.may_restart(watcher):
                     break
 
@@ -71,13 +71,13 @@ class Supervisor:
         with suppress(OSError), self.manager.output.open("a") as output:  # a full disk must not end the supervisor
             output.write(f"{now()} {text}\n")
 
-    def run_once(self, release: Json, watcher: Watcher) -> bool:
+    def run_once(self, release: ReleaseManifest, watcher: Watcher) -> bool:
         """Run ComfyUI to its end; return whether the supervisor stopped it for an immediate restart."""
         self.manager.rotate()
         with self.manager.output.open("ab", buffering=0) as log:
             begin = log.tell()
-            argv = [*release.get("confined", ()), *release["argv"]]
-            child, copying = logged(argv, release["environment"], log)
+            argv = [*release.confined, *release.argv]
+            child, copying = logged(argv, release.environment, log)
             self.child = child
             self.manager.note(child.pid, self.restarts, begin)
             if self.stopping:  # SIGTERM arrived between the loop's test and the start
@@ -89,11 +89,11 @@ class Supervisor:
                 child.stdout.close()
         return again
 
-    def attend(self, child: subprocess.Popen[bytes], release: Json, watcher: Watcher) -> bool:
+    def attend(self, child: subprocess.Popen[bytes], release: ReleaseManifest, watcher: Watcher) -> bool:
         """Wait for ComfyUI to end; return whether it was stopped for an immediate restart."""
         patience, gone, anew = GRACE, False, False
         changed: list[str] = []
-        period = release.get("free_memory") or float("inf")
+        period = release.free_memory or float("inf")
         due = time.monotonic() + period
         while child.poll() is None:
             with suppress(subprocess.TimeoutExpired):

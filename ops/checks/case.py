@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from agent.schema.manifest import ReleaseManifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,9 +46,9 @@ class Case:
         return f"--host {self.target.name}"
 
     @property
-    def release(self) -> dict[str, Any]:
-        """The manifest of the current release; empty if nothing is deployed."""
-        return self.facts.release(self.facts.current) or {}
+    def release(self) -> ReleaseManifest:
+        """The manifest of the current release; without an id if nothing is deployed."""
+        return self.facts.release(self.facts.current) or ReleaseManifest()
 
     @property
     def lines(self) -> list[str]:

@@ -51,11 +51,11 @@ def _mps(case: Case) -> Found:
 
 def _kernels(case: Case) -> Found:
     have = {gpu.capability for gpu in case.facts.gpus}
-    for name, wheel in case.release.get("wheels", {}).items():
-        if have and have.isdisjoint(capabilities(wheel["arch"])):
+    for name, wheel in (case.release.wheels or {}).items():
+        if have and have.isdisjoint(capabilities(wheel.arch)):
             listed = ", ".join(sorted(have))
             yield Problem(
-                f"{name} was built for {wheel['arch']}, but the GPU is {listed}",
+                f"{name} was built for {wheel.arch}, but the GPU is {listed}",
                 f"inv build-kernels --kernel {name} --arch '{';'.join(sorted(have))}'; inv deploy {case.at}",
             )
     old = ("no-wheel", "old-glibc", "old-libstdcxx")

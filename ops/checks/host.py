@@ -97,9 +97,9 @@ def _engine(case: Case) -> Found:
 
 
 def _compilers(case: Case) -> Found:
-    if not case.release.get("wheels") or "base" in case.release["parts"]:  # a container has its own
+    if not case.release.wheels or "base" in case.release.parts:  # a container has its own
         return
-    version = case.release.get("python", "3")
+    version = case.release.python or "3"
     if not case.probe.compiler:
         yield Problem("there is no C compiler, which Triton needs at run time", "on the host: apt-get install gcc")
     if not case.probe.headers:

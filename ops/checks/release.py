@@ -29,7 +29,7 @@ def _drift(case: Case) -> Found:
     if not case.facts.current:
         return
     for name, error in case.facts.parts.items():
-        if error and name in case.release.get("parts", {}).values():
+        if error and name in case.release.parts.values():
             yield Problem(f"{name} is damaged: {error}", f"inv deploy {case.at}")
     if steps := case.planned.steps:
         more = f", and {len(steps) - 1} more" if len(steps) > 1 else ""
@@ -47,7 +47,7 @@ def _confined(case: Case) -> Found:
 
 
 def _packages(case: Case) -> Found:
-    wanted, found = case.release.get("torch"), case.probe.installed.get("torch", "")
+    wanted, found = case.release.torch, case.probe.installed.get("torch", "")
     if wanted and found.partition("+")[0] != wanted:
         yield Problem(f"torch is {found or 'missing'}, the release requires {wanted}", f"inv deploy {case.at}")
 

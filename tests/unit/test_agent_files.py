@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from agent.look.facts import facts
 from agent.look.prefix import _deletable
 from agent.schema.change import Folders, Release
 from agent.schema.facts import Questions
+from agent.schema.manifest import ReleaseManifest
 from agent.serve import supervised
 from core import files
 
@@ -280,15 +282,15 @@ def test_a_release_runs_its_own_agent(tmp_path: Path) -> None:
     """Another client's submit replaces the one in state/."""
     layout = at(tmp_path)
     layout.state.mkdir()
-    manifest = {"id": "one", "parts": {}, "links": {}, "files": {}, "free_memory": 60}
+    manifest = ReleaseManifest(free_memory=60)
     for agent in ("first", "second"):
         (layout.state / "agents" / agent).mkdir(parents=True)
         link(layout.agent, f"agents/{agent}")
-        releases.release(layout, Release("t", "w", "u", {**manifest, "id": agent}), lambda _: None)
+        releases.release(layout, Release("t", "w", "u", replace(manifest, id=agent)), lambda _: None)
     assert [(layout.releases / name / "agent").resolve().name for name in ("first", "second")] == ["first", "second"]
-    del manifest["free_memory"]
+    manifest = ReleaseManifest(id="one")
     releases.release(layout, Release("t", "w", "u", manifest), lambda _: None)
-    assert json.loads((layout.releases / "one/release.json").read_text()) == manifest
+    assert layout.manifest("one") == manifest
     assert not os.path.lexists(layout.releases / "one/agent")
 
 

@@ -21,6 +21,7 @@ from agent.layout import Layout
 from agent.look import gateway as look
 from agent.schema.change import CutOver
 from agent.schema.gateway import Person
+from agent.schema.manifest import ReleaseManifest
 from agent.serve import gateway as kept
 from agent.serve.systemd import Systemd
 from deploy.gateways import Limits
@@ -82,7 +83,7 @@ def test_a_trial_without_its_port_does_not_show_the_log_of_an_earlier_one(
     monkeypatch.setattr(trial, "trial_of", lambda *_: Trial(layout))
     step = CutOver("", "", "", 60, False, "new", "yes")
     with socket.create_server(("127.0.0.1", layout.trial)), pytest.raises(AgentError) as raised:
-        trial.run_trial(layout, Systemd(layout), {"id": "new"}, print, step, layout.state)
+        trial.run_trial(layout, Systemd(layout), ReleaseManifest(id="new"), print, step, layout.state)
     assert (raised.value.report["kind"], raised.value.report["log"]) == ("trial", [])
 
 

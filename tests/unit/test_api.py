@@ -18,6 +18,7 @@ from agent.files import AgentError
 from agent.look import jobs, node_types, status
 from agent.schema.facts import Service
 from agent.schema.live import RunningJob
+from agent.schema.manifest import Gate, ReleaseManifest
 from agent.serve import health
 from tests.servers import BUSY, IDLE, RUNNING, STATS, at, layout, listening, serving
 
@@ -265,7 +266,7 @@ def test_health_check_reports_a_foreign_answer() -> None:
 
 
 def test_comfyuis_texts_are_shortened_in_messages() -> None:
-    release = {"code": "/app", "gate": {"seconds": 1, "version": "0.30.0", "torch": ""}}
+    release = ReleaseManifest(code="/app", gate=Gate(seconds=1, version="0.30.0"))
     told = {"system": {"comfyui_version": "0.30.0", "pytorch_version": "", "argv": ["x" * 300] * 3000}, "devices": []}
     with (
         serving({"/system_stats": told}) as port,
@@ -313,10 +314,7 @@ def test_a_second_workflow_that_hangs_is_unhealthy(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(health, "ask", ask)
     monkeypatch.setattr(health, "first_answer", lambda *_: _stats(STATS))
-    release = {
-        "code": "/app",
-        "gate": {"seconds": 1, "version": "0.30.0", "torch": "2.11.0", "cuda": False, "attention": ""},
-    }
+    release = ReleaseManifest(code="/app", gate=Gate(seconds=1, version="0.30.0", torch="2.11.0"))
     with pytest.raises(AgentError) as raised:
         health.prove(at(1), Runs(), release, ["python", "/app/main.py"], lambda _: None, lambda: None)
     assert raised.value.report["what"] == "the second workflow without models did not end within 0.5 s"

@@ -226,9 +226,9 @@ def test_a_deploy_refuses_malware(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_release_is_audited_by_its_manifest() -> None:
     old = manifest()
     found = audit.deployed(old)
-    assert found.packages["torch", "2.14.1"] == [f"release {old['id']}"]
-    assert len(found.packages) == len(old["packages"])
-    assert [each.name for each in found.repositories] == ["ComfyUI", *old["nodes"]]
+    assert found.packages["torch", "2.14.1"] == [f"release {old.id}"]
+    assert len(found.packages) == len(old.packages or {})
+    assert [each.name for each in found.repositories] == ["ComfyUI", *old.nodes]
     assert found.repositories[0].version == "0.30.0"
 
 

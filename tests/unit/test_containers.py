@@ -26,9 +26,10 @@ from agent.layout import Layout
 from agent.look import engine as look
 from agent.look.prefix import prefix_state
 from agent.schema import change as schema
-from agent.schema.change import Base, Env
+from agent.schema.change import Base, Env, Release
 from agent.schema.facts import Engine
 from agent.schema.live import Containers, Probe
+from agent.schema.manifest import Gate, ReleaseManifest
 from agent.serve import systemd
 from core import workspace
 from core.stack import Platform
@@ -65,7 +66,7 @@ def boxed(facts: Facts = READY, target: Target | None = None, given: Inputs | No
 def unit(found: plan.Plan) -> dict[str, list[str]]:
     """The values of each key of the release's `.container` file, and its sections with their keys."""
     (step,) = (each for each in found.steps if each.kind == "release")
-    files: dict[str, str] = step.release["files"]  # type: ignore[attr-defined]
+    files: dict[str, str] = step.release.files  # type: ignore[attr-defined]
     assert not [name for name in files if name == "comfyui.service"]
     lines = [line for line in files["comfyui.container"].splitlines() if re.match(r"\w+=", line)]
     values: dict[str, list[str]] = {}
@@ -92,18 +93,18 @@ def test_a_second_plan_does_nothing() -> None:
     found = boxed()
     (manifest,) = (each.release for each in found.steps if each.kind == "release")  # type: ignore[attr-defined]
     after = replace(
-        READY, user=True, data=True, current=manifest["id"], releases=(manifest,), proven=(manifest["id"],),
-        parts=dict.fromkeys(manifest["parts"].values(), ""), service=RUNNING, tools=("uv-1",),
+        READY, user=True, data=True, current=manifest.id, releases=(manifest,), proven=(manifest.id,),
+        parts=dict.fromkeys(manifest.parts.values(), ""), service=RUNNING, tools=("uv-1",),
     )  # fmt: skip
     assert kinds(boxed(after)) == []
     # Its service is found, and a rollback to it allowed.
-    assert kinds(plan.back(spark(runtime="podman"), after, manifest["id"], plan.Options())) == []
+    assert kinds(plan.back(spark(runtime="podman"), after, manifest.id, plan.Options())) == []
 
 
 def test_a_native_release_is_unchanged_by_the_runtime() -> None:
     (native,) = (each.release for each in made().steps if each.kind == "release")  # type: ignore[attr-defined]
-    assert "base" not in native["parts"]
-    assert "comfyui.service" in native["files"]
+    assert "base" not in native.parts
+    assert "comfyui.service" in native.files
 
 
 def test_the_unit_of_a_system_container() -> None:
@@ -191,10 +192,9 @@ def test_a_container_needs_no_python_of_its_version_on_the_host() -> None:
     assert reasons(boxed(replace(READY, glibc="2.35"))) == ["old-glibc"]
 
 
-def manifest(found: plan.Plan) -> dict[str, Any]:
-    (step,) = (each for each in found.steps if each.kind == "release")
-    value: dict[str, Any] = step.release  # type: ignore[attr-defined]
-    return value
+def manifest(found: plan.Plan) -> ReleaseManifest:
+    (step,) = (each for each in found.steps if isinstance(each, Release))
+    return step.release
 
 
 def test_secrets_reach_comfyui_by_files_that_only_its_user_reads() -> None:
@@ -209,7 +209,7 @@ def test_secrets_reach_comfyui_by_files_that_only_its_user_reads() -> None:
     assert json.loads(words[5])["secrets"] == ["HF_TOKEN", "OTHER"]
     assert words[7] == f"{release}/env/bin/python"
     # The trial passes them in the same way.
-    assert manifest(found)["confined"] == words[:7]
+    assert manifest(found).confined == tuple(words[:7])
     assert "TOKEN" not in " ".join([*values["Environment"], *values["PodmanArgs"]])
 
 
@@ -228,8 +228,8 @@ def test_nodes_under_development_are_mounted(scope: str) -> None:
     at = f"/opt/comfyui/releases/{found.release}/custom_nodes/one" if scope == "system" else "/srv/one"
     assert f"%t/%N/nodes/one:{at}:ro" in values["Volume"]
     assert values["ExecStartPre"][0].endswith(" sh one /srv/one")
-    assert written["develop"] == [at]
-    assert "comfyui-reload.service" in written["files"]
+    assert written.develop == (at,)
+    assert "comfyui-reload.service" in written.files
 
 
 def prepared(unit: str, folder: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_missing_node_does_not_keep_a_container_from_starting(tmp_path: Path) 
     develop = (f"{tmp_path}/here", f"{tmp_path}/gone")
     found = boxed(develop=develop, modes=("development",))
     (tmp_path / "run").mkdir()
-    prepared(manifest(found)["files"]["comfyui.container"], tmp_path / "run")
+    prepared(manifest(found).files["comfyui.container"], tmp_path / "run")
     assert (tmp_path / "run/nodes/here").readlink() == tmp_path / "here"
     assert [*(tmp_path / "run/nodes/gone").iterdir()] == []
 
@@ -255,7 +255,7 @@ def test_proofs_and_install_scripts_run_in_a_container_of_their_own() -> None:
     node = Node(url="https://a/b", commit="c" * 40, tree="t" * 64, install="why", why="test")
     found = boxed(given=stock(nodes={"one": node}))
     (step,) = (each for each in found.steps if isinstance(each, schema.Node))
-    assert step.unit == manifest(found)["files"]["comfyui.container"]
+    assert step.unit == manifest(found).files["comfyui.container"]
 
 
 @pytest.mark.parametrize("scope", ["system", "user"])
@@ -268,7 +268,7 @@ def test_the_manager_gets_its_folders_inside_the_container(scope: str) -> None:
     words = shlex.split(unit(found)["Exec"][0])
     data = f"{facts.prefix}/data/user"
     assert json.loads(words[5])["make"][:2] == [f"{data}/default", f"{data}/__manager/cache"]
-    assert "security_level = strong" in manifest(found)["files"]["user/__manager/config.ini"]
+    assert "security_level = strong" in manifest(found).files["user/__manager/config.ini"]
 
 
 def test_a_network_without_effect_is_refused() -> None:
@@ -322,8 +322,8 @@ def test_the_doctor_names_what_containers_lack() -> None:
 def test_a_container_has_its_own_compiler() -> None:
     (manifest,) = (each.release for each in boxed().steps if each.kind == "release")  # type: ignore[attr-defined]
     probe = replace(PROBE, compiler="", headers="")
-    for parts, wanted in ((manifest["parts"], 0), ({"app": "app-1"}, 2)):
-        facts = replace(READY, current=manifest["id"], releases=({**manifest, "parts": parts},))
+    for parts, wanted in ((manifest.parts, 0), ({"app": "app-1"}, 2)):
+        facts = replace(READY, current=manifest.id, releases=(replace(manifest, parts=parts),))
         case = Case(spark(), facts, WELL, probe, stock(), boxed(), NOW)
         assert len([each for each in doctor.judge(case) if each.check == "compilers"]) == wanted
 
@@ -427,8 +427,8 @@ def test_the_trial_of_a_container_has_scratch_data(tmp_path: Path, monkeypatch: 
     place = layout(tmp_path, folders={"models": "/mnt/models", "output": "/srv/output"})
     for each in (place.data / "user", place.state):
         each.mkdir(parents=True)
-    argv = ["python", "--listen", "0.0.0.0", "--port", "8188", "--x", "$50%"]
-    release = {"id": "r", "argv": argv, "gate": {"seconds": 1, "imports": ["kernel"]}, "environment": {}}
+    argv = ("python", "--listen", "0.0.0.0", "--port", "8188", "--x", "$50%")
+    release = ReleaseManifest(id="r", argv=argv, gate=Gate(seconds=1, imports=("kernel",)))
     text = unit_text(place)
     write(place.releases / "r/comfyui.container", text)
     monkeypatch.setattr(trial, "run", lambda *_: "")

@@ -36,6 +36,7 @@ from agent.layout import DATA, Layout
 from agent.processes import wait_for
 from agent.schema.change import CutOver, Prune, Stop, packed
 from agent.schema.facts import Service
+from agent.schema.manifest import ReleaseManifest
 from agent.schema.records import CutOverPhase, Proven
 from agent.serve import health
 
@@ -244,7 +245,7 @@ class Layer:
 class StandIn(trial.Trial):
     """A trial without a real ComfyUI; its scratch data is real."""
 
-    def start(self, release: Json) -> None:
+    def start(self, release: ReleaseManifest) -> None:
         self.prepare(release, self.layout.data / "models")
 
 

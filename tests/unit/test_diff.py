@@ -9,8 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.schema.manifest import ReleaseManifest
 from deploy.facts import named
-from lock.diff import Change, compare, rows
+from lock import diff
+from lock.diff import Change, Difference, rows
 from tests.errors import raises
 from tests.plans import FRESH
 from tests.unit.test_sbom import manifest
@@ -21,7 +23,15 @@ def old() -> dict[str, Any]:
     return copy.deepcopy(_OLD)
 
 
-_OLD = manifest()
+_OLD = msgspec.to_builtins(manifest())
+
+
+def typed(found: dict[str, Any]) -> ReleaseManifest:
+    return msgspec.convert(found, ReleaseManifest)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
+    return diff.compare(typed(old), typed(new))
 
 
 def renamed(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -115,9 +125,9 @@ def test_missing_fields_of_old_releases_are_reported(old: dict[str, Any]) -> Non
 
 
 def test_releases_are_named_by_words_and_ids(old: dict[str, Any]) -> None:
-    a, b, c = (renamed(old, letter * 16) for letter in "abc")
+    a, b, c = (typed(renamed(old, letter * 16)) for letter in "abc")
     facts = replace(FRESH, releases=(a, b, c), current="b" * 16, proven=("b" * 16, "c" * 16, "a" * 16))
-    assert [named(facts, word)["id"][0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
+    assert [named(facts, word).id[0] for word in ("current", "previous", "a" * 16)] == ["b", "c", "a"]
     with raises("unknown-name", match="perhaps you meant 'current'"):
         named(facts, "curent")
     with raises("unknown-name", match=r"no release 'previous'(.|\n)*known: aaa"):

@@ -66,8 +66,9 @@ def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
 @pytest.mark.parametrize("arch", ["12.1", "12.1a", "8.9;12.1+PTX"])
 def test_kernels_for_the_gpu_among_others_are_right(arch: str) -> None:
     facts = settled()
-    for wheel in facts.releases[0]["wheels"].values():
-        wheel["arch"] = arch
+    (release,) = facts.releases
+    wheels = {name: replace(wheel, arch=arch) for name, wheel in (release.wheels or {}).items()}
+    facts = replace(facts, releases=(replace(release, wheels=wheels),))
     assert "kernels" not in found(seen(facts))
 
 

@@ -74,7 +74,7 @@ class Served:
             try:
                 connection.request("GET", "/manager", headers={"Host": host, **(headers or {})})
                 return connection.getresponse().status
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, ConnectionResetError):  # or it is just ending
                 return 0
 
     def commands(self) -> list[str]:

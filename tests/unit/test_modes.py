@@ -19,6 +19,7 @@ import pytest
 from agent.layout import Layout
 from agent.schema.change import Release
 from agent.schema.live import CommandLine
+from agent.schema.manifest import ReleaseManifest
 from agent.serve import health, systemd
 from agent.serve.watch import Watcher
 from core import files, workspace
@@ -216,7 +217,7 @@ WHY = Setting(why="a test")
 # --- what is deployed ----------------------------------------------------------------------------------------------
 
 
-def wanted(**values: Any) -> dict[str, Any]:
+def wanted(**values: Any) -> ReleaseManifest:
     node = nodes.Node(url="u", commit="c" * 40, tree="t", why="w", required=True)
     stock = replace(inputs(), nodes={"mine": node, "other": node})
     (step,) = (each for each in made(target=spark(**values), stock=stock).steps if isinstance(each, Release))
@@ -225,17 +226,17 @@ def wanted(**values: Any) -> dict[str, Any]:
 
 def test_developed_node_replaces_the_released_one() -> None:
     found = wanted(develop=("/home/anna/mine",))
-    place = f"/opt/comfyui/releases/{found['id']}"
-    assert "custom_nodes/mine" not in found["links"]  # mounted there: the service cannot write it
-    assert set(found["nodes"]) == {"other"} == set(wanted()["nodes"]) - {"mine"}
-    assert "custom_nodes/mine" not in found["parts"]
-    assert found["gate"]["required"] == ["other"]
-    assert found["develop"] == [f"{place}/custom_nodes/mine"]
-    assert found["empty"] == ["custom_nodes", "custom_nodes/mine"]
+    place = f"/opt/comfyui/releases/{found.id}"
+    assert "custom_nodes/mine" not in found.links  # mounted there: the service cannot write it
+    assert set(found.nodes) == {"other"} == set(wanted().nodes) - {"mine"}
+    assert "custom_nodes/mine" not in found.parts
+    assert found.gate.required == ("other",)
+    assert found.develop == (f"{place}/custom_nodes/mine",)
+    assert found.empty == ("custom_nodes", "custom_nodes/mine")
     bind = f"BindReadOnlyPaths=-/home/anna/mine:{place}/custom_nodes/mine"
     for name in ("comfyui.service", "comfyui-reload.service"):
-        assert bind in found["files"][name].splitlines(), name
-    reload = found["files"]["comfyui-reload.service"]
+        assert bind in found.files[name].splitlines(), name
+    reload = found.files["comfyui-reload.service"]
     # not another release's, and no package's code: it runs as root
     command = f"/usr/bin/python3.12 -I -S {place}/agent watch"
     assert f"ExecStart={command} /opt/comfyui/state/site.json" in reload
@@ -249,7 +250,7 @@ def test_companion_units_are_limited() -> None:
     units |= {
         name: unit.replace("$limits", "MemoryMax=90%") for name, unit in units.items() if name in ("system", "user")
     }
-    assert "MemoryMax=" in wanted()["files"]["comfyui.service"]
+    assert "MemoryMax=" in wanted().files["comfyui.service"]
     for name, unit in units.items():
         above = unit.partition("# --- Only the system's")[0]  # the user's systemd has these, too
         assert re.search(r"^TasksMax=\d+$", above, re.MULTILINE), name
@@ -259,30 +260,30 @@ def test_companion_units_are_limited() -> None:
 
 def test_developed_node_is_linked_without_root() -> None:
     found = wanted(develop=("/home/anna/mine",), scope="user", free_memory="30m")
-    assert found["links"]["custom_nodes/mine"] == "/home/anna/mine"
-    assert (found["develop"], found["free_memory"]) == (["/home/anna/mine"], 1800)
-    units = {name: text for name, text in found["files"].items() if name.startswith("comfyui-")}
+    assert found.links["custom_nodes/mine"] == "/home/anna/mine"
+    assert (found.develop, found.free_memory) == (("/home/anna/mine",), 1800)
+    units = {name: text for name, text in found.files.items() if name.startswith("comfyui-")}
     assert set(units) == {"comfyui-reload.service", "comfyui-free-memory.service", "comfyui-free-memory.timer"}
     assert not [name for name, text in units.items() if "ProtectSystem" in text or "User=" in text]
     assert units["comfyui-reload.service"].endswith("\n\n[Install]\nWantedBy=default.target\n")
-    assert "Bind" not in "".join(found["files"].values())
+    assert "Bind" not in "".join(found.files.values())
 
 
 def test_the_timer_and_what_it_starts() -> None:
     found = wanted(free_memory="4h", listen="192.168.1.5")
-    assert "OnActiveSec=4h\nOnUnitActiveSec=4h\n" in found["files"]["comfyui-free-memory.timer"]
-    service = found["files"]["comfyui-free-memory.service"].splitlines()
+    assert "OnActiveSec=4h\nOnUnitActiveSec=4h\n" in found.files["comfyui-free-memory.timer"]
+    service = found.files["comfyui-free-memory.service"].splitlines()
     assert {"IPAddressDeny=any", "IPAddressAllow=localhost 192.168.1.5", "DynamicUser=yes"} <= set(service)
-    assert found["free_memory"] == 14400
-    anywhere = wanted(free_memory="4h", listen="0.0.0.0")["files"]["comfyui-free-memory.service"]
+    assert found.free_memory == 14400
+    anywhere = wanted(free_memory="4h", listen="0.0.0.0").files["comfyui-free-memory.service"]
     assert "IPAddressAllow=localhost\n" in anywhere
 
 
 def test_unused_features_do_not_change_the_release() -> None:
     found = wanted()
-    assert not {"develop", "free_memory"} & found.keys()
-    assert [name for name in found["files"] if name.startswith("comfyui-")] == []
-    assert "\nRestart=on-failure\n" in found["files"]["comfyui.service"]
+    assert (found.develop, found.free_memory) == ((), 0)
+    assert [name for name in found.files if name.startswith("comfyui-")] == []
+    assert "\nRestart=on-failure\n" in found.files["comfyui.service"]
 
 
 def test_missing_developed_folder_is_refused() -> None:

@@ -497,7 +497,7 @@ def test_rollback_converges(off: Any) -> None:
 
 
 def test_the_unit_names_its_release_and_hides_nothing_it_needs() -> None:
-    unit = settled().releases[0]["files"]["comfyui.service"]
+    unit = settled().releases[0].files["comfyui.service"]
     name = settled().current
     assert f"ExecStart=/opt/comfyui/releases/{name}/env/bin/python /opt/comfyui/releases/{name}/app/main.py" in unit
     assert "current" not in unit.partition("[Service]")[2].replace("$current", "")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from agent.schema.manifest import NodeSource
 from core import files, foreign, shell, source
 from core.errors import ConnectError, HostError
 from core.stack import stacks
@@ -497,7 +498,7 @@ def deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     selection, _ = choose(plans.spark(), plans.FRESH, stock("1.0"))
     assert selection
     manifest = releases.manifest(selection, plans.FRESH.prefix)
-    facts = replace(plans.settled(), current=manifest["id"], releases=(manifest,))
+    facts = replace(plans.settled(), current=manifest.id, releases=(manifest,))
     return facts, stock("1.1"), tmp_path / f"cache/sources/comfyui-{trees['1.0'][:16]}"
 
 
@@ -563,7 +564,7 @@ def test_what_cannot_be_had_is_unknown(deployed: Any, kind: str) -> None:
     elif kind == "damaged":
         (tree / "nodes.py").write_text("x = 1")
     elif kind == "other manifest":
-        facts.releases[0]["sources"] = [{"later": "field"}]
+        facts = replace(facts, releases=(replace(facts.releases[0], sources=({"later": "field"},)),))
     found = hosts_preview.preview(Machine(error), plans.spark(), facts, stock)  # type: ignore[arg-type]
     assert found
     parts = {"stopped": {"workflows saved on spark"}, "no source": {"ComfyUI in service"}}
@@ -581,7 +582,8 @@ def test_release_whose_source_has_other_files_now(deployed: Any, tmp_path: Path)
         subprocess.run(["git", "-C", str(tree), *words.split()], check=True)
     commit = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     tree.rename(tmp_path / "repository")
-    facts.releases[0]["sources"] = [{"git": f"file://{tmp_path}/repository", "commit": commit.stdout.strip()}]
+    sources = ({"git": f"file://{tmp_path}/repository", "commit": commit.stdout.strip()},)
+    facts = replace(facts, releases=(replace(facts.releases[0], sources=sources),))
     found = hosts_preview.preview(Machine(), plans.spark(), facts, stock)  # type: ignore[arg-type]
     assert found
     assert (found.unknown, found.types) == ({}, {COMFYUI: (Change("Gone", "removed"),)})
@@ -598,9 +600,10 @@ def test_no_preview_without_a_change(deployed: Any) -> None:
     facts, stock, _ = deployed
     machine: Any = Machine()
     assert hosts_preview.preview(machine, plans.spark(), plans.FRESH, stock) is None
-    same = msgspec.structs.replace(stock.application, tree=facts.releases[0]["tree"], version="1.0")
+    same = msgspec.structs.replace(stock.application, tree=facts.releases[0].tree, version="1.0")
     assert hosts_preview.preview(machine, plans.spark(), facts, replace(stock, application=same)) is None
-    facts.releases[0]["nodes"]["Former"] = {"url": "https://a/b", "commit": "0" * 40, "tree": "0" * 64}
+    former = NodeSource("https://a/b", "0" * 40, "0" * 64)
+    facts = replace(facts, releases=(replace(facts.releases[0], nodes={"Former": former}),))
     assert hosts_preview.preview(machine, plans.spark(), facts, replace(stock, application=same))
 
 

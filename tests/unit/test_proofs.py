@@ -25,6 +25,7 @@ from agent.journal import history
 from agent.layout import Layout
 from agent.schema.change import CutOver, Proof, packed, unpacked
 from agent.schema.facts import Service
+from agent.schema.manifest import ReleaseManifest
 from agent.serve import pictures, proofs
 from core.errors import ConfigError
 from deploy import host as hosts
@@ -128,7 +129,7 @@ def comfyui() -> Iterator[ComfyUI]:
 def run(comfyui: ComfyUI, *given: Proof) -> tuple[dict[str, float], list[str], int]:
     """Run proofs; the times, the notes, and how often the pictures were deleted."""
     layout = Layout({"prefix": "/nowhere", "service": "s", "scope": "user", "user": "", "address": "", "port": 1})
-    manifest = {"parts": {"env": sys.prefix}, "environment": {}, "files": {}}
+    manifest = ReleaseManifest(parts={"env": sys.prefix})
     notes: list[str] = []
     cleared: list[int] = []
     command = ["main.py", "--listen", "127.0.0.1", "--port", str(comfyui.port)]
@@ -252,10 +253,10 @@ class Runs:
     def __call__(self, prover: proofs.Prover, given: tuple[Proof, ...]) -> dict[str, float]:
         where = "trial" if isinstance(prover.process, trial.Trial) else "gate"
         for _ in given:
-            self.seen.append((where, prover.release["id"]))
-            if error := self.fails.get(f"{where} {prover.release['id']}"):
+            self.seen.append((where, prover.release.id))
+            if error := self.fails.get(f"{where} {prover.release.id}"):
                 raise error
-        return {each.name: 2.0 if prover.release["id"] == "new" else 3.0 for each in given}
+        return {each.name: 2.0 if prover.release.id == "new" else 3.0 for each in given}
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import wait_for
 from agent.schema.change import App, CutOver, Prune, Release, Tool, packed
+from agent.schema.manifest import ReleaseManifest
 from core import files
 
 pytestmark = pytest.mark.process
@@ -156,7 +157,7 @@ def test_pruning_while_a_client_sends(layout: Layout) -> None:
 
 
 REUSES = packed(App("t", "w", "u", "app-2", "python3", reuse={"a.py": "app-1/a.py"}))
-WRITES = packed(Release("t", "w", "u", {"id": "two", "parts": {"app": "app-2", "env": "env-1"}}))
+WRITES = packed(Release("t", "w", "u", ReleaseManifest(id="two", parts={"app": "app-2", "env": "env-1"})))
 CUTS = packed(CutOver("t", "w", "u", 0, False, "two", "yes"))
 
 

@@ -11,6 +11,7 @@ from agent.change import trial
 from agent.files import AgentError, write
 from agent.layout import Layout
 from agent.look import mps
+from agent.schema.manifest import Gate, ReleaseManifest
 from agent.serve import sandbox
 
 DATA = "/opt/comfyui/data"
@@ -45,9 +46,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_sandbox_binds_are_not_below_writable_folders(ran: list[str], line: str, *, apart: bool) -> None:
     """systemd-run checks nothing, and systemd follows links as root."""
     unit = f"[Unit]\nAssertPathIsSymbolicLink=!{DATA}/user\n[Service]\nReadWritePaths={DATA} /srv/mine\n{line}\n"
-    sandbox.sandboxed(
-        layout(folders={"user": "/srv/mine"}), unit, ["true"], {"environment": {}}, seconds=5, apart=apart
-    )
+    sandbox.sandboxed(layout(folders={"user": "/srv/mine"}), unit, ["true"], ReleaseManifest(), seconds=5, apart=apart)
     assert [word for word in ran if f"{DATA}/" in word or "/srv/mine/" in word] == []
     assert (f"--property=ReadWritePaths={DATA} /srv/mine" in ran) is not apart
     assert "--property=WorkingDirectory=/" in ran
@@ -86,13 +85,13 @@ def test_trial_binds_are_not_below_writable_folders(tmp_path: Path, monkeypatch:
         place = layout(prefix=str(tmp_path), user="", folders=given)
         for each in (place.data / "user", place.state):
             each.mkdir(parents=True, exist_ok=True)
-        release = {"id": "r", "argv": ["python", "--listen", "x", "--port", "1"], "gate": {"seconds": 1}}
+        argv = ("python", "--listen", "x", "--port", "1")
         write(place.releases / "r/comfyui.service", "[Service]\n")
         monkeypatch.setattr(trial, "run", lambda *_: "")
         tried = trial.SystemdTrial(place)
         monkeypatch.setattr(tried.unit, "start", lambda: None)
         tried.place = tmp_path / "units/comfyui-trial.service"
-        tried.start({**release, "environment": {}})
+        tried.start(ReleaseManifest(id="r", argv=argv, gate=Gate(seconds=1)))
         said = (tmp_path / "units/comfyui-trial.service.d/~trial.conf").read_text()
         binds = dict(line.split(":") for line in re.findall(r"^Bind\w+=-?(.*)$", said, re.MULTILINE))
         room = place.state / "trial"
@@ -122,7 +121,7 @@ IPAddressDeny=link-local 10.0.0.0/8
 @pytest.mark.parametrize("scope", ["system", "user"])
 @pytest.mark.parametrize("network", [False, True])
 def test_a_program_in_a_container_sees_the_parts_only(ran: list[str], scope: str, *, network: bool) -> None:
-    release = {"environment": {"A": "1"}}
+    release = ReleaseManifest(environment={"A": "1"})
     argv = ["/opt/comfyui/parts/env-1/bin/python", "-c", "1"]
     sandbox.sandboxed(layout(scope=scope), CONTAINER, argv, release, seconds=5, apart=True, network=network)
     at = ran.index("--")

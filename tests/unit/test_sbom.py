@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent.schema.manifest import ReleaseManifest
 from core import files
 from deploy import release
 from deploy.selection import choose
@@ -30,7 +31,7 @@ TOOLCHAIN = {
 INPUTS = {"stack": ["cu130", "2.14.1", "13.0", True], "toolchain": TOOLCHAIN}
 
 
-def manifest(**more: nodes.Node) -> dict[str, Any]:
+def manifest(**more: nodes.Node) -> ReleaseManifest:
     """The manifest of a real list, with the real nodes, and wheels as `kernels` describes them."""
     lock = requirements.find("cu130", "linux_aarch64", "3.12")
     assert lock is not None
@@ -44,17 +45,18 @@ def manifest(**more: nodes.Node) -> dict[str, Any]:
     assert selection is not None
     assert not against
     found = release.manifest(selection, FRESH.prefix)
-    assert json.loads(json.dumps(found)) == found  # the host stores it as JSON, and a deploy compares it
+    # the host stores it as JSON, and a deploy compares it
+    assert msgspec.json.decode(msgspec.json.encode(found), type=ReleaseManifest) == found
     return found
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, Any]:
+def known() -> ReleaseManifest:
     return manifest()
 
 
 @pytest.fixture(scope="module")
-def parts(known: dict[str, Any]) -> dict[str, Any]:
+def parts(known: ReleaseManifest) -> dict[str, Any]:
     """The SBOM's components by their reference."""
     return {each["bom-ref"]: each for each in json.loads(sbom.write(known))["components"]}
 
@@ -64,7 +66,7 @@ def properties(component: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.needs("g++")
-def test_sbom_is_valid_cyclonedx(known: dict[str, Any]) -> None:
+def test_sbom_is_valid_cyclonedx(known: ReleaseManifest) -> None:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator  # a second of grammars
 
@@ -75,24 +77,24 @@ def test_sbom_is_valid_cyclonedx(known: dict[str, Any]) -> None:
     assert validator.validate_str(sbom.write(known).replace('"hashes"', '"hashs"')) is not None
 
 
-def test_the_manifest_has_the_packages_that_the_environment_gets(known: dict[str, Any]) -> None:
+def test_the_manifest_has_the_packages_that_the_environment_gets(known: ReleaseManifest) -> None:
     lock = requirements.find("cu130", "linux_aarch64", "3.12")
     assert lock is not None
-    pinned = [f"{name}=={version}" for name, version in known["packages"].items()]
-    assert pinned == [line.split()[0] for line in lock.select(known["nodes"]).splitlines() if "==" in line]
+    pinned = [f"{name}=={version}" for name, version in (known.packages or {}).items()]
+    assert pinned == [line.split()[0] for line in lock.select(known.nodes).splitlines() if "==" in line]
     assert len(lock.versions([])) < len(pinned) < len(lock.versions()) + 1
 
 
-def test_every_package_is_named_as_the_index_names_it(known: dict[str, Any], parts: dict[str, Any]) -> None:
+def test_every_package_is_named_as_the_index_names_it(known: ReleaseManifest, parts: dict[str, Any]) -> None:
     assert parts["pkg:pypi/torch@2.14.1"]["purl"] == "pkg:pypi/torch@2.14.1"
     purls = [each["purl"] for each in parts.values() if each.get("purl", "").startswith("pkg:pypi/")]
-    assert len(purls) == len(known["packages"]) > 100
+    assert len(purls) == len(known.packages or {}) > 100
 
 
-def test_comfyui_component_has_commit_and_carrier(known: dict[str, Any], parts: dict[str, Any]) -> None:
+def test_comfyui_component_has_commit_and_carrier(known: ReleaseManifest, parts: dict[str, Any]) -> None:
     git, sdist = application.application().source
     found = parts["comfyui"]
-    assert (found["version"], found["purl"]) == (known["version"], f"pkg:github/comfy-org/comfyui@{git.commit}")
+    assert (found["version"], found["purl"]) == (known.version, f"pkg:github/comfy-org/comfyui@{git.commit}")
     assert properties(found) == {"hearth:tree": application.application().tree}
     (carrier,) = (each for each in found["externalReferences"] if each["type"] == "source-distribution")
     assert carrier["hashes"] == [{"alg": "SHA-256", "content": sdist.sha256}]
@@ -112,7 +114,7 @@ def test_a_node_from_elsewhere_has_its_address() -> None:
     assert found["externalReferences"] == [{"type": "vcs", "url": node.url, "comment": f"commit {node.commit}"}]
 
 
-def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts: dict[str, Any]) -> None:
+def test_kernel_wheels_have_hash_arch_and_compilers(known: ReleaseManifest, parts: dict[str, Any]) -> None:
     found = parts["wheel:flash-attn"]
     assert found["hashes"] == [{"alg": "SHA-256", "content": "f" * 64}]
     assert properties(found) == {"hearth:file": "flash-attn.whl", "hearth:arch": "12.1"}
@@ -123,12 +125,15 @@ def test_kernel_wheels_have_hash_arch_and_compilers(known: dict[str, Any], parts
         ("aarch64-linux-gnu-g++", "12.2.0", "excluded"),
     }
     running = [name for name, each in parts.items() if each.get("scope") != "excluded"]
-    assert sorted(needs[f"release:{known['id']}"]) == sorted(running)
+    assert sorted(needs[f"release:{known.id}"]) == sorted(running)
 
 
-def test_sbom_is_reproducible(known: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "release.json").write_text(json.dumps(known))
-    program = "import json, sys; from lock import sbom; print(sbom.write(json.load(open(sys.argv[1]))), end='')"
+def test_sbom_is_reproducible(known: ReleaseManifest, tmp_path: Path) -> None:
+    (tmp_path / "release.json").write_bytes(msgspec.json.encode(known))
+    program = (
+        "import sys; from agent.files import recorded; from agent.schema.manifest import ReleaseManifest as R\n"
+        "from lock import sbom; from pathlib import Path; print(sbom.write(recorded(Path(sys.argv[1]), R)), end='')"
+    )
     words = [sys.executable, "-W", "error", "-c", program, str(tmp_path / "release.json")]
 
     def said(seed: str) -> str:
@@ -136,13 +141,13 @@ def test_sbom_is_reproducible(known: dict[str, Any], tmp_path: Path) -> None:
         return subprocess.run(words, cwd=files.CHECKOUT, env=env, check=True, capture_output=True, text=True).stdout
 
     assert said("1") == said("2") == sbom.write(known)
-    other = json.loads(sbom.write({**known, "id": "0" * 16}))
+    other = json.loads(sbom.write(replace(known, id="0" * 16)))
     assert other["serialNumber"] != json.loads(sbom.write(known))["serialNumber"]
 
 
 def test_release_without_package_list_is_refused() -> None:
-    old = {name: value for name, value in manifest().items() if name not in ("packages", "wheels", "sources", "tree")}
-    with raises("old-release", match=f"release {old['id']} does not list its packages"):
+    old = replace(manifest(), packages=None, wheels=None, sources=(), tree="")
+    with raises("old-release", match=f"release {old.id} does not list its packages"):
         release.require_complete(old)
 
 

@@ -100,7 +100,7 @@ def test_trial_gets_node_data_only(tmp_path: Path, secret: Path, trap: Callable[
     if trap is link:
         deep(data / "nodes/labyrinth", 1400)
     scratch.mkdir()
-    trial._fill(data, scratch, [], None, data / "user")
+    trial._fill(data, scratch, None, data / "user")
     assert (scratch / "nodes/one/settings").read_text() == "mine"
     assert not [path for path in (scratch / "nodes/one").iterdir() if path.name == "trap" and not path.is_dir()]
     remove(data)
@@ -178,7 +178,7 @@ def test_links_below_data_are_not_followed(served: Layout, name: str) -> None:
     place.parent.mkdir(exist_ok=True)
     place.symlink_to(served.prefix / "home")
     parts.as_service(
-        served, trial._fill, served.data, served.prefix / "scratch", [], served.data / "models", served.data / "user"
+        served, trial._fill, served.data, served.prefix / "scratch", served.data / "models", served.data / "user"
     )
     found = {path.name for path in (served.prefix / "scratch").rglob("*")}
     assert not found & {"notes", "comfyui.db", "deeper"}
@@ -229,7 +229,7 @@ def test_trial_copy_is_limited_in_size(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "data/nodes").mkdir(parents=True)
     for number in range(100):
         (tmp_path / f"data/nodes/{number}").write_bytes(bytes(1000))
-    trial._fill(tmp_path / "data", tmp_path / "scratch", [], None, tmp_path / "data/user")
+    trial._fill(tmp_path / "data", tmp_path / "scratch", None, tmp_path / "data/user")
     assert sum(path.stat().st_size for path in (tmp_path / "scratch/nodes").iterdir()) < 50_000
 
 
