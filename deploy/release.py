@@ -166,17 +166,11 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
         files["paths.yaml"] = json.dumps(paths, indent=1) + "\n"  # JSON is YAML
     argv = _argv(target, place, data, lies, search=bool(paths))
     environment = _environment(target, data)
-    contained = bool(selection.base_part)
-    confined = containers.confinement(selection, made) if contained else units.confinement(selection, prefix, place)
-    service, command = target.host.service, [*confined, *argv]
-    if contained:
-        tls = all(flag in target.flags for flag in TLS_FLAGS)
-        text = containers.unit(selection, command, environment, prefix, release, developed, tls=tls)
-        files[f"{service}.container"] = text
+    if selection.base_part:
+        confined = containers.confinement(selection, made)
     else:
-        files[f"{service}.service"] = units.service(selection, command, environment, data, release, more)
-    companions = units.companions(selection, prefix, release, developed)
-    files |= {f"{service}-{name}": text for name, text in companions.items()}
+        confined = units.confinement(selection, prefix, place)
+    files |= _units(selection, [*confined, *argv], environment, prefix, release, developed, more)
     return {
         "code": f"{place}/app",
         "argv": tuple(argv),
@@ -189,6 +183,29 @@ def _running(selection: Selection, prefix: str, release: str) -> dict[str, Any]:
         "develop": tuple(developed.values()),
         "free_memory": target.host.free_seconds,
     }
+
+
+def _units(
+    selection: Selection,
+    command: list[str],
+    environment: dict[str, str],
+    prefix: str,
+    release: str,
+    developed: dict[str, str],
+    more: list[str],
+) -> dict[str, str]:
+    """The texts of the unit, or of the container, and of its companions, by the names of their files."""
+    target = selection.target
+    if selection.base_part:
+        tls = all(flag in target.flags for flag in TLS_FLAGS)
+        kind = "container"
+        text = containers.unit(selection, command, environment, prefix, release, developed, tls=tls)
+    else:
+        kind = "service"
+        text = units.service(selection, command, environment, f"{prefix}/data", release, more)
+    companions = units.companions(selection, prefix, release, developed)
+    service = target.host.service
+    return {f"{service}.{kind}": text} | {f"{service}-{name}": text for name, text in companions.items()}
 
 
 def _argv(target: Target, place: str, data: str, lies: Mapping[str, str], *, search: bool) -> list[str]:
