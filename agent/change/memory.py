@@ -16,7 +16,7 @@ from agent.schema.live import Freed, GpuMemory, Held
 from agent.serve.managers import manager_of, ours
 
 UNCHANGED = 5.0
-"""Seconds after which memory that has not fallen is not expected to fall. A busy machine took 3."""
+"""Seconds after which memory that has not fallen is not expected to fall. A busy machine took more than 3."""
 
 CACHES = Path("/proc/sys/vm/drop_caches")
 
