@@ -41,7 +41,11 @@ def driver(fleet: Fleet, machine: str) -> Iterator[int]:
 
 
 def queue(fleet: Fleet, seconds: int) -> str:
-    """Submit a job without models that computes for some seconds and keeps its pictures; returns its id."""
+    """When all jobs of earlier tests have ended, submit one without models that computes for some seconds.
+
+    It keeps its pictures. Returns its id.
+    """
+    wait_for(lambda: not any(fleet.ask("/queue").values()), 120)  # neither running nor pending
     color = time.time_ns() % (1 << 24)  # ComfyUI would return the cached result of the same workflow
     inputs: dict[str, Any] = {"width": 64, "height": 64, "batch_size": 1, "color": color}
     workflow: dict[str, Any] = {"0": {"class_type": "EmptyImage", "inputs": inputs}}
@@ -145,7 +149,7 @@ def test_comfyui_frees_its_memory_after_its_job(steady: Fleet) -> None:
     done = steady.inv("free-memory", "--host", "spark", "--json")
     assert done.returncode == 0, done.stderr
     queue(steady, 4)
-    wait_for(lambda: not any(steady.ask("/queue").values()))  # neither running nor pending
+    wait_for(lambda: not any(steady.ask("/queue").values()), 120)
     (found,) = json.loads(steady.inv("free-memory", "--host", "spark", "--json").stdout)
     assert (found["freed"], found["job"]) == (True, None)
     assert found["after"]["resident"] < found["before"]["resident"] - 300_000_000  # the pictures of four nodes
