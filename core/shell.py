@@ -42,13 +42,14 @@ def run(
     inherit: bool = True,
     check: bool = True,
     input_text: str | None = None,
+    stdin: IO[str] | None = None,
     output: IO[bytes] | None = None,
     timeout: float | None = None,
 ) -> Done:
     """Run a program to its end and return its output as text.
 
-    `env` is added to this process's environment, or replaces it without `inherit`. `output` is a file for standard
-    output, in bytes. `timeout` is in seconds.
+    `env` is added to this process's environment, or replaces it without `inherit`. Its input is `input_text` or the
+    file `stdin`. `output` is a file for standard output, in bytes. `timeout` is in seconds.
     Raises ToolError when it is not installed and, with `check`, ProcessError when it fails.
     """
     words = [str(word) for word in argv]
@@ -57,7 +58,7 @@ def run(
             words,
             cwd=cwd,
             env={**(os.environ if inherit else {}), **(env or {})},
-            input=input_text,
+            **({"stdin": stdin} if input_text is None else {"input": input_text}),
             stdout=output or subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -135,12 +135,15 @@ def build(
     cwd: Path | None = None,
     check: bool = True,
     input_text: str | None = None,
+    stdin: IO[str] | None = None,
     env: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> Done:
     """Run a compiler, an interpreter or an inspection as `shell.run` does, with `build_environment` and `env`."""
     env = {**build_environment(), **(env or {})}
-    return shell.run(argv, cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, timeout=timeout)
+    return shell.run(
+        argv, cwd=cwd, env=env, inherit=False, check=check, input_text=input_text, stdin=stdin, timeout=timeout
+    )
 
 
 def apt(*argv: str | Path) -> Done:

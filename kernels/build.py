@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from core import console, files, version, workspace
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from kernels.graph import Graph
+    from kernels.importer import Importer
     from kernels.matrix import Build, Request
 
 
@@ -117,6 +118,7 @@ def _make(
     from kernels import graph as graphs
     from kernels import resources, source, toolchain, wheel
     from kernels import run as runs
+    from kernels.importer import Importer
 
     laid: set[str] = set()  # archs, Pythons and profiles share a folder
     for build in builds:
@@ -138,16 +140,23 @@ def _make(
     need = {build.recipe.name: build.recipe.memory_mb * 1_000_000 for build in ready.values()}
     pools = resources.pools(need, jobs, cores, resources.free_memory())
     graph = graphs.write(list(ready.values()), pools)
+    importers: dict[str, Importer] = {}
+    with ExitStack() as stack:
 
-    def complete(identifier: str) -> None:
-        with _collected(ready[identifier], errors):
-            done[identifier] = _finish(ready[identifier], graph)
+        def prepare(identifier: str) -> None:
+            importers[identifier] = stack.enter_context(Importer(ready[identifier].toolchain))
 
-    width = jobs or min(cores, sum(pools.values()))
-    errors |= graph.errors | runs.run(graph, width, lock, complete)
+        def complete(identifier: str) -> None:
+            if identifier not in importers:
+                prepare(identifier)
+            with _collected(ready[identifier], errors), importers[identifier] as importer:
+                done[identifier] = _finish(ready[identifier], graph, importer)
+
+        width = jobs or min(cores, sum(pools.values()))
+        errors |= graph.errors | runs.run(graph, width, lock, complete, prepare)
 
 
-def _finish(build: Build, graph: Graph) -> Manifest:
+def _finish(build: Build, graph: Graph, importer: Importer) -> Manifest:
     """Assemble, inspect and admit one wheel."""
     from concurrent.futures import ThreadPoolExecutor  # slow to import, and not needed for a cache hit
 
@@ -159,7 +168,7 @@ def _finish(build: Build, graph: Graph) -> Manifest:
     path = wheel.assemble(build, graphs.root() / build.source_folder, modules, place / "wheel")
     console.say(f"inspecting {path.name}")
     with ThreadPoolExecutor(1) as pool:  # the two take equally long, and most of the time after a short compile
-        imported = pool.submit(inspection.prove_import, path, build)
+        imported = pool.submit(importer.prove, path, build)
         reports = inspection.inspect_modules(path, build)  # its error says more, and comes first
     manifest = Manifest(
         file=path.name,

@@ -1,12 +1,10 @@
-"""Inspection of a built wheel before it is admitted: machine code, symbols, C library, import, smoke test."""
+"""Inspection of a built wheel before it is admitted: machine code, symbols, C library, smoke test."""
 
 from __future__ import annotations
 
 import errno
-import json
 import lzma
 import re
-import shutil
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from packaging.requirements import Requirement
 from packaging.version import Version
 
 from core import arch as archs
 from core import console, files, shell, tools, workspace
 from core.errors import BuildError
 from core.manifest import ModuleReport, Proof
-from kernels import emulation
 from kernels import toolchain as toolchains
 from kernels.elf import Elf
 
@@ -123,7 +119,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
         cubins=len(cubins),
         needed=needed,
         undefined=len(elf.undefined),
-        from_driver=_driver_functions(elf),
+        from_driver=driver_functions(elf),
         glibc=elf.versions.get("GLIBC", ""),
         glibcxx=elf.versions.get("GLIBCXX", ""),
         cxxabi=elf.versions.get("CXXABI", ""),
@@ -131,7 +127,7 @@ def read_module(elf: Elf, name: Path) -> ModuleReport:
     )
 
 
-def _driver_functions(elf: Elf) -> tuple[str, ...]:
+def driver_functions(elf: Elf) -> tuple[str, ...]:
     """The functions of the GPU driver that a module calls. Their library comes with the GPU, not with a package."""
     called = (each for each in elf.undefined if re.match(r"cu[A-Z]", each))
     return tuple(sorted(called)) if "libcuda.so.1" in elf.dynamic["DT_NEEDED"] else ()
@@ -264,84 +260,6 @@ def _python_libraries(chain: Toolchain) -> list[Path]:
     executable, folder = tools.build(chain.interpreter, "-Ic", code).stdout.splitlines()
     library = Path(folder) / f"libpython{chain.python}.so.1.0"
     return [Path(executable).resolve(), *([library] if library.exists() else [])]
-
-
-def prove_import(wheel: Path, build: Build) -> Proof:
-    """Import every module of the wheel with the stack's torch, natively or under emulation.
-
-    A module without an init function registers operators with torch, and is loaded by its path. GPU driver functions
-    are stubs: Python binds all symbols at load time, and a build machine has no driver. Raises BuildError if an import
-    fails; returns "not run" with the reason if no interpreter is available.
-    """
-    chain = build.toolchain
-    runner = native(chain) if chain.native else emulation.runner(chain.platform, chain.python)
-    if isinstance(runner, str):
-        return Proof("not run", runner)
-    compiled = workspace.current().cache / "pycache"
-    with unpacked(wheel) as folder:
-        paths = {module: folder / build.module_file(module) for module in build.modules}
-        loads = [(each.name, str(path), _is_python(path, each), each.functions) for each, path in paths.items()]
-        required = [Requirement(each).name.replace("-", "_") for each in build.recipe.requires]
-        elves = [Elf(path) for path in modules(folder)]
-        if any("libcuda.so.1" in elf.dynamic["DT_NEEDED"] for elf in elves):
-            called = {name for elf in elves for name in _driver_functions(elf)}
-            toolchains.driver_stub(chain, folder, sorted(called))
-        env = {
-            **runner.env,
-            "PYTHONPATH": f"{folder}:{chain.site.resolve()}",
-            "LD_LIBRARY_PATH": str(folder),
-            # Most of torch's import time is bytecode compilation: the installed stack has no bytecode.
-            "PYTHONPYCACHEPREFIX": str(compiled),
-        }
-        done = tools.build(*runner.argv, "-c", _LOAD, json.dumps([loads, required]), env=env, check=False)
-        shutil.rmtree(f"{compiled}{folder}", ignore_errors=True)
-    if done.returncode:
-        raise BuildError(
-            "inspection",
-            f"{wheel.name} cannot be imported",
-            cause=shell.last_words(done),
-            hint="it was not admitted to the wheelhouse",
-        )
-    return Proof("passed", f"{done.stdout.strip().splitlines()[-1]}, {runner.label}")
-
-
-# Loads each module, and looks for the functions and operators that its package calls. The stack lacks packages that the
-# recipe requires: a module whose own package needs one of them is loaded by its path, without that package.
-_LOAD = """
-import importlib, importlib.util as util, json, sys, torch
-operators = lambda: {*torch._C._dispatch_get_all_op_names()}
-first = operators()
-modules, required = json.loads(sys.argv[1])
-missing = []
-for name, path, python, functions in modules:
-    before, module = operators(), None
-    try:
-        module = importlib.import_module(name) if python else torch.ops.load_library(path)
-    except ModuleNotFoundError as error:
-        if error.name not in required:
-            raise
-        spec = util.spec_from_file_location(name, path)
-        module = util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    if not python and before == operators():
-        sys.exit(f"{name} has neither an init function nor an operator")
-    names = {each.partition("::")[2].partition(".")[0] for each in operators() - first} | {*dir(module)}
-    missing += [f"{name} lacks {each}" for each in functions if each not in names]
-if missing:
-    sys.exit(", ".join(missing))
-more = len(operators() - first)
-print("imported with torch", torch.__version__, f"and registered {more} operators" if more else "")
-"""
-
-
-def _is_python(path: Path, module: Module) -> bool:
-    """Whether a module has an init function; one without it only registers operators."""
-    return bool(Elf(path).defines([f"PyInit_{module.init}"]))
-
-
-def native(chain: Toolchain) -> emulation.Runner:
-    """The build machine's own interpreter."""
-    return emulation.Runner((chain.interpreter,), {}, f"natively on {chain.platform.cpu}")
 
 
 def prove_smoke(wheel: Path, build: Build) -> Proof:

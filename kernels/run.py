@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 _STATUS = "@@ %f %t %r "
 
 
-def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> dict[str, HearthError]:
+def run(
+    graph: Graph, jobs: int, lock: int, complete: Callable[[str], None], prepare: Callable[[str], None]
+) -> dict[str, HearthError]:
     """Bring every object and module of the graph up to date; returns an error for each build that failed.
 
     A failed compile ends no other one. `complete` is called with each build as soon as its modules are linked.
+    `prepare` is called once, with a build that is still incomplete, once fewer compiles than `jobs` are left.
     `lock` is the file descriptor of the held build lock. Compilers inherit it, so the lock is held until the last one
     has exited, even if this process is killed. Results of an interrupted run are kept.
     """
@@ -48,6 +51,8 @@ def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> 
     for build in [build for build, outputs in left.items() if not outputs]:
         complete(build)
     if pending:
+        if len(pending) <= jobs:  # its last one is a link, which waits for a compile
+            prepare(next(build for build, outputs in left.items() if outputs))
         weight = sum(map(graph.seconds, pending))
         with console.Progress("compiling", weight, len(pending)) as progress, ExitStack() as stack:
             logs = {build: stack.enter_context(log(build).open("w", encoding="utf-8")) for build in left}
@@ -63,6 +68,9 @@ def run(graph: Graph, jobs: int, lock: int, complete: Callable[[str], None]) -> 
                     finished(output)
                 elif any(left.values()) and (not failed or DISK_FULL.search(said)):
                     raise _explain_ninja(said.strip())
+                pending.discard(output)
+                if output and len(pending) == jobs and any(left.values()):
+                    prepare(next(build for build, outputs in left.items() if outputs))
     return {build: _explain(graph, build, outputs, failed, jobs) for build, outputs in left.items() if outputs}
 
 

@@ -97,8 +97,29 @@ def test_a_graph_that_ninja_refuses_is_no_finished_build(
     monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
     completed: list[str] = []
     with raises("compile", match="ninja failed"):
-        run(replace(GRAPH, text=text, outputs={"build": {"a"}}), 1, 0, completed.append)
+        run(replace(GRAPH, text=text, outputs={"build": {"a"}}), 1, 0, completed.append, lambda _: None)
     assert not completed
+
+
+@pytest.mark.parametrize(("jobs", "objects", "at"), [(1, 2, 2), (2, 1, 0), (2, 2, 1), (3, 2, 0), (2, 5, 4)])
+def test_a_build_is_prepared_once_a_job_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int, objects: int, at: int
+) -> None:
+    """When the last `jobs` steps are left: one of them is the link, which waits for a compile."""
+    monkeypatch.setenv("HEARTH_CACHE", str(tmp_path))
+    names = [f"{number}.o" for number in range(objects)]
+    text = "rule x\n  command = echo > $out\n  description = x $out\n"
+    text += "".join(f"build {name}: x\n" for name in names) + f"build m.so: x {' '.join(names)}\n"
+    seen: list[int] = []
+    (tmp_path / "build").mkdir()
+
+    def prepare(build: str) -> None:
+        assert build == "build"
+        seen.append(sum(1 for _ in (tmp_path / "build").glob("*.o")))
+
+    run(replace(GRAPH, text=text, outputs={"build": {*names, "m.so"}}), jobs, 0, lambda _: None, prepare)
+    assert len(seen) == 1
+    assert at <= seen[0]
 
 
 def _truncate(path: Path) -> None:
@@ -164,7 +185,7 @@ def test_an_object_that_its_command_did_not_write_is_made_again(
     rule = f"rule cxx\n  command = {command}\n  depfile = $out.d\n  description = cxx $out\n"
     text = f"{rule}build a.o: cxx a.cpp\n"
     for _ in range(2):
-        assert run(replace(GRAPH, text=text, outputs={"build": {"a.o"}}), 1, 0, lambda _: None) == {}
+        assert run(replace(GRAPH, text=text, outputs={"build": {"a.o"}}), 1, 0, lambda _: None, lambda _: None) == {}
         assert (place / "a.o").read_text() == "right"
         assert (place / "runs").read_text().count("ran") in (1, ran)
         change(place / "a.o")
