@@ -10,7 +10,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from agent.change.trees import compile_command, receive_blob
+from agent.change.bytecode import compile_part, take_bytecode
+from agent.change.trees import receive_blob
 from agent.deletion import remove
 from agent.files import AgentError, Note, link, read_text, write
 from agent.layout import Layout
@@ -98,9 +99,10 @@ def env(layout: Layout, step: Env, note: Note) -> None:
     with part(layout, step.part) as place:
         _install(layout, step, place, wheels, environment)
         _refuse_overwritten(place)
+        take_bytecode(layout, step.part, place)
         # Some packages ship templates and tests that Python cannot parse; those are never imported.
         with suppress(AgentError):
-            run(compile_command(layout, step, place))
+            compile_part(layout, step.part, place, step.python)
     used.unlink()  # sealing the part has synced everything
     shutil.rmtree(wheels)
 

@@ -10,13 +10,14 @@ import tarfile
 from contextlib import suppress
 from pathlib import Path
 
+from agent.change.bytecode import compile_part, take_bytecode
 from agent.deletion import remove
 from agent.files import AgentError, Note, copy, os_error, sha256
 from agent.folders import inside, tree
 from agent.layout import Layout
 from agent.parts import as_service, contents, part
 from agent.processes import run
-from agent.schema.change import Base, Env, Node, Tool, Tree
+from agent.schema.change import Base, Node, Tool, Tree
 from agent.schema.manifest import ReleaseManifest
 from agent.serve.sandbox import confined_to, sandboxed
 
@@ -55,7 +56,8 @@ def app(layout: Layout, step: Tree, note: Note) -> None:
     """Create the application's tree, or another tree without install.py. Raises AgentError."""
     with part(layout, step.part) as place:
         _unpack(layout, step, place)
-        run(compile_command(layout, step, place))
+        take_bytecode(layout, step.part, place)
+        compile_part(layout, step.part, place, step.python)
         link_writable(layout, step, place)
 
 
@@ -87,7 +89,7 @@ def node(layout: Layout, step: Node, note: Note) -> None:
         if step.install:
             _install(layout, step, place, note)
         with suppress(AgentError):  # some files are not valid Python; ComfyUI reports nodes that fail to import
-            run(compile_command(layout, step, place))
+            compile_part(layout, step.part, place, step.python)
         link_writable(layout, step, place)
 
 
@@ -207,12 +209,3 @@ def taken_over(raw: bytes, place: Path, note: Note) -> None:
         raise os_error(error, "the files that install.py made could not be read") from error
     if left:
         note(f"left out, because they are not regular files: {', '.join(left[:10])}")
-
-
-def compile_command(layout: Layout, step: Tree | Env, place: Path) -> list[str]:
-    """Return the command that compiles an unfinished part's Python files, with its final path in tracebacks.
-
-    Uses the base interpreter, which runs none of them: the environment's would run its packages' .pth files as root.
-    """
-    words = ["-I", "-S", "-m", "compileall", "-q", "-j", "0", "-s", str(place), "-p", str(layout.parts / step.part)]
-    return [step.python, *words, str(place)]
