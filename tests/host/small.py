@@ -9,10 +9,11 @@ from core.stack import stacks
 from tests.host.fleet import modified
 
 MAIN = """\
-import comfyui_version, http.server, itertools, json, os, pathlib, queue, signal, struct, sys, threading, time, zlib
+import comfyui_version, http.server, importlib, itertools, json, os, pathlib, queue, signal, socket, struct, sys
+import threading, time, zlib
 
 def flag(name):
-    return sys.argv[sys.argv.index(name) + 1]
+    return sys.argv[::-1][sys.argv[::-1].index(name) - 1]  # the last one
 
 def picture(width, height):
     def chunk(kind, data):
@@ -59,6 +60,16 @@ class Jobs:
             self.running.remove(job)
             print("Prompt executed", flush=True)
 
+TYPES, NODES = {"EmptyImage": {"python_module": "nodes"}}, pathlib.Path(flag("--base-directory"), "custom_nodes")
+sys.path.append(str(NODES))
+for place in sorted(NODES.iterdir()):
+    try:
+        found = importlib.import_module(place.name).NODE_CLASS_MAPPINGS
+        TYPES |= {name: {"python_module": f"custom_nodes.{place.name}"} for name in found}
+    except Exception as error:
+        print(f"Cannot import {place} module for custom nodes: {error}")
+        print(f"   0.0 seconds (IMPORT FAILED): {place}")
+
 jobs = Jobs()
 SYSTEM = {"comfyui_version": comfyui_version.__version__, "pytorch_version": "TORCH", "argv": sys.argv}
 
@@ -72,7 +83,8 @@ def answer(path, query, body):
         "queue": lambda: {"queue_running": [*jobs.running], "queue_pending": [*jobs.waiting]},
         "prompt": lambda: {"prompt_id": jobs.add(json.loads(body)["prompt"])},
         "history": lambda: {each: done for each, done in [*jobs.over.items()] if name in ("", each)},
-        "object_info": lambda: {"EmptyImage": {"python_module": "nodes"}},
+        "object_info": lambda: {each: found for each, found in TYPES.items() if name in ("", each)},
+        "free": lambda: {},
         "api": lambda: {"pagination": {"total": 0}},
     }[kind]()).encode()
 
@@ -97,10 +109,22 @@ def stop(*_):
     print("Stopped server", flush=True)
     os._exit(0)
 
+class Server(http.server.ThreadingHTTPServer):
+    def __init__(self, address):
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, int(flag("--port"))), Handler)
+        if "--tls-keyfile" in sys.argv:
+            import ssl
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(flag("--tls-certfile"), flag("--tls-keyfile"))
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+
 signal.signal(signal.SIGINT, stop)
-server = http.server.ThreadingHTTPServer(("127.0.0.1", int(flag("--port"))), Handler)
+first, *others = [Server(each) for each in flag("--listen").split(",")]
+for server in others:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 print("To see the GUI go to: http://127.0.0.1:" + flag("--port"), flush=True)
-server.serve_forever()
+first.serve_forever()
 """
 
 KEPT = ("LICENSE", "README.md", "comfyui_version.py", "folder_paths.py", "requirements.txt")

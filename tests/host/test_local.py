@@ -136,91 +136,6 @@ def test_gpu_is_shown_and_memory_is_freed(running: Here, tmp_path: Path) -> None
         assert dropped.returncode in (63, 69), dropped.stderr
 
 
-def test_deploy_continues_without_its_client(running: Here) -> None:
-    before = (running.prefix / "current").readlink()
-    running.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
-    client = running.start("deploy", "--no-trial")
-    end = time.monotonic() + 60
-    while not (running.prefix / "state/pending.json").exists() and time.monotonic() < end:
-        time.sleep(0.01)
-    client.kill()
-    client.communicate()
-    refused = running.inv("deploy")
-    assert refused.returncode in (63, 64)
-    assert "under way" in refused.stderr or "being changed" in refused.stderr
-    watched = running.inv("attach")
-    assert watched.returncode == 0, watched.stderr
-    assert "the second picture arrived" in watched.stderr
-    assert (running.prefix / "current").readlink() != before
-    assert running.inv("deploy", "--dry-run").returncode == 0
-    running.configure()
-    back = running.inv("rollback", "--no-trial")
-    assert back.returncode == 0, back.stderr
-    assert (running.prefix / "current").readlink() == before
-
-
-def test_changed_address_port_and_tls_can_be_rolled_back(running: Here, tmp_path: Path) -> None:
-    """Each release is polled at its own address: in the trial, after the cut-over and in the rollback."""
-    before, port = (running.prefix / "current").readlink(), running.port
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
-    subprocess.run(
-        [*words, "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")],
-        check=True,
-        capture_output=True,
-    )
-    flags = f'"--tls-keyfile" = {{ value = "{tmp_path}/key.pem", why = "a test" }}\n'
-    flags += f'"--tls-certfile" = {{ value = "{tmp_path}/cert.pem", why = "a test" }}\n'
-    running.port = free_port()
-    try:
-        running.configure(f'listen = "127.0.0.1,::1"\n[hosts.local.override.flags]\n{flags}')
-        done = running.inv("deploy")
-        assert done.returncode == 0, done.stderr
-        assert "trial: the second picture arrived" in done.stderr
-        assert done.stdout.strip().endswith(f"is in service at https://127.0.0.1:{running.port}")
-        status = json.loads(running.inv("status", "--json").stdout)
-        assert "answers" in json.dumps(status)
-        slow = running.inv("restart")
-        assert slow.returncode == 0, slow.stderr
-        back = running.inv("rollback", "--no-trial")  # hosts.toml still names the other port
-        assert back.returncode == 0, back.stderr
-    finally:
-        running.port = port
-    assert (running.prefix / "current").readlink() == before
-    assert running.answers(1)
-    running.configure()
-    assert running.inv("deploy", "--dry-run").returncode == 0
-
-
-def test_supervised_development_mode_and_memory_timer(running: Here, tmp_path: Path) -> None:
-    before = (running.prefix / "current").readlink()
-    node = tmp_path / "my-node"
-    node.mkdir()
-    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
-    running.configure(f'modes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "4s"\n')
-    done = running.inv("deploy", "--no-trial")
-    assert done.returncode == 0, done.stderr
-    first = running.supervisor()
-    log = running.prefix / "state/comfyui.log"
-
-    def said(text: str, within: float) -> bool:
-        end = time.monotonic() + within
-        while text not in log.read_text() and time.monotonic() < end:
-            time.sleep(0.2)
-        return text in log.read_text()
-
-    assert said("ComfyUI has no job and frees its memory", 20)
-    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\nprint('the second one')\n")
-    assert said(f"{node}/__init__.py changed: restarting ComfyUI", 20)
-    assert said("the second one", 60)
-    assert running.answers(60)
-    now = running.supervisor()
-    assert now["pid"] == first["pid"]
-    assert (now["child"] != first["child"], now["restarts"]) == (True, first["restarts"])
-    running.configure()
-    assert running.inv("deploy", "--no-trial").returncode == 0
-    assert (running.prefix / "current").readlink() == before
-
-
 def test_tutorial_commands_work(running: Here, tmp_path: Path) -> None:
     """docs/tutorial/custom-nodes.md, block by block, with a list of nodes that begins empty."""
     app = tmp_path / "app"
@@ -354,15 +269,109 @@ def test_jobs_show_results_and_a_hanging_comfyui(running: Here) -> None:
     assert "ComfyUI accepts connections but does not answer" in silent.stderr
 
 
+@pytest.fixture(scope="module")
+def service(running: Here) -> Here:
+    """The same prefix, where a stand-in for ComfyUI runs from here to the end of this file."""
+    running.env["HEARTH_APP"] = str(small(running.hosts.parent, "small"))
+    done = running.inv("deploy", "--no-trial")
+    assert done.returncode == 0, done.stderr
+    return running
+
+
+def test_deploy_continues_without_its_client(service: Here) -> None:
+    before = (service.prefix / "current").readlink()
+    service.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
+    client = service.start("deploy", "--no-trial")
+    end = time.monotonic() + 60
+    while not (service.prefix / "state/pending.json").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    client.kill()
+    client.communicate()
+    refused = service.inv("deploy")
+    assert refused.returncode in (63, 64)
+    assert "under way" in refused.stderr or "being changed" in refused.stderr
+    watched = service.inv("attach")
+    assert watched.returncode == 0, watched.stderr
+    assert "the second picture arrived" in watched.stderr
+    assert (service.prefix / "current").readlink() != before
+    assert service.inv("deploy", "--dry-run").returncode == 0
+    service.configure()
+    back = service.inv("rollback", "--no-trial")
+    assert back.returncode == 0, back.stderr
+    assert (service.prefix / "current").readlink() == before
+
+
+def test_changed_address_port_and_tls_can_be_rolled_back(service: Here, tmp_path: Path) -> None:
+    """Each release is polled at its own address: in the trial, after the cut-over and in the rollback."""
+    before, port = (service.prefix / "current").readlink(), service.port
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
+    subprocess.run(
+        [*words, "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")],
+        check=True,
+        capture_output=True,
+    )
+    flags = f'"--tls-keyfile" = {{ value = "{tmp_path}/key.pem", why = "a test" }}\n'
+    flags += f'"--tls-certfile" = {{ value = "{tmp_path}/cert.pem", why = "a test" }}\n'
+    service.port = free_port()
+    try:
+        service.configure(f'listen = "127.0.0.1,::1"\n[hosts.local.override.flags]\n{flags}')
+        done = service.inv("deploy")
+        assert done.returncode == 0, done.stderr
+        assert "trial: the second picture arrived" in done.stderr
+        assert done.stdout.strip().endswith(f"is in service at https://127.0.0.1:{service.port}")
+        status = json.loads(service.inv("status", "--json").stdout)
+        assert "answers" in json.dumps(status)
+        slow = service.inv("restart")
+        assert slow.returncode == 0, slow.stderr
+        back = service.inv("rollback", "--no-trial")  # hosts.toml still names the other port
+        assert back.returncode == 0, back.stderr
+    finally:
+        service.port = port
+    assert (service.prefix / "current").readlink() == before
+    assert service.answers(1)
+    service.configure()
+    assert service.inv("deploy", "--dry-run").returncode == 0
+
+
+def test_supervised_development_mode_and_memory_timer(service: Here, tmp_path: Path) -> None:
+    before = (service.prefix / "current").readlink()
+    node = tmp_path / "my-node"
+    node.mkdir()
+    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
+    service.configure(f'modes = ["development"]\ndevelop = ["{node}"]\nfree_memory = "4s"\n')
+    done = service.inv("deploy", "--no-trial")
+    assert done.returncode == 0, done.stderr
+    first = service.supervisor()
+    log = service.prefix / "state/comfyui.log"
+
+    def said(text: str, within: float) -> bool:
+        end = time.monotonic() + within
+        while text not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.2)
+        return text in log.read_text()
+
+    assert said("ComfyUI has no job and frees its memory", 20)
+    (node / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\nprint('the second one')\n")
+    assert said(f"{node}/__init__.py changed: restarting ComfyUI", 20)
+    assert said("the second one", 60)
+    assert service.answers(60)
+    now = service.supervisor()
+    assert now["pid"] == first["pid"]
+    assert (now["child"] != first["child"], now["restarts"]) == (True, first["restarts"])
+    service.configure()
+    assert service.inv("deploy", "--no-trial").returncode == 0
+    assert (service.prefix / "current").readlink() == before
+
+
 @pytest.mark.needs("slurmctld", "munged", "root")
-def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> None:
+def test_comfyui_answers_in_a_job_of_slurm(service: Here, tmp_path: Path) -> None:
     """The host's port is in use on the node, so the job has another; the database is one for all, so jobs wait."""
-    made = running.inv("manifests", "--slurm", "--output", str(tmp_path), "--json")
+    made = service.inv("manifests", "--slurm", "--output", str(tmp_path), "--json")
     assert made.returncode == 0, made.stderr
     (batch,) = map(Path, json.loads(made.stdout))
-    assert running.inv("stop").returncode == 0
+    assert service.inv("stop").returncode == 0
     try:
-        with slurm.slurm() as env, socket.create_server(("127.0.0.1", running.port)):
+        with slurm.slurm() as env, socket.create_server(("127.0.0.1", service.port)):
             job = slurm.submit(env, batch, "--gres=gpu:1", "--time=10", "--cpus-per-task=1")
             log = tmp_path / f"comfyui-local-{job}.log"
             waiting = slurm.submit(env, batch, "--cpus-per-task=1")
@@ -372,7 +381,7 @@ def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> Non
                 works = state in ("PENDING", "CONFIGURING", "RUNNING") and time.monotonic() < end
                 assert works, f"{state}: {log.read_text() if log.exists() else ''}"
                 time.sleep(0.5)
-            (port,) = re.findall(rf"ssh -N -L {running.port}:127\.0\.0\.1:(\d+) -J \S+ root@", log.read_text())
+            (port,) = re.findall(rf"ssh -N -L {service.port}:127\.0\.0\.1:(\d+) -J \S+ root@", log.read_text())
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=60) as answer:
                 assert json.load(answer)["system"]["comfyui_version"]
             assert submit(int(port), "in a job")
@@ -387,16 +396,7 @@ def test_comfyui_answers_in_a_job_of_slurm(running: Here, tmp_path: Path) -> Non
             assert slurm.state(env, job) == "CANCELLED"
             assert "Stopped server" in log.read_text()
     finally:
-        assert running.inv("start").returncode == 0
-
-
-@pytest.fixture(scope="module")
-def service(running: Here) -> Here:
-    """The same prefix, where a stand-in for ComfyUI runs from here to the end of this file."""
-    running.env["HEARTH_APP"] = str(small(running.hosts.parent, "small"))
-    done = running.inv("deploy", "--no-trial")
-    assert done.returncode == 0, done.stderr
-    return running
+        assert service.inv("start").returncode == 0
 
 
 def test_crashed_comfyui_is_restarted(service: Here) -> None:

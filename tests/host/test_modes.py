@@ -87,9 +87,9 @@ def test_exclusive_flags_are_refused_with_their_origins(deployed: Fleet) -> None
     assert "/srv/nothing does not exist" in missing.stderr
 
 
-def test_comfyui_restarts_when_a_developed_node_changes(steady: Fleet) -> None:
+def test_comfyui_restarts_when_a_developed_node_changes(service: Fleet) -> None:
     """The node is in a private home folder, which the service's unit hides."""
-    machine = steady.machine
+    machine = service.machine
     node = machine.root / HOME / "__init__.py"
     machine.run(f"runuser -u deployer -- mkdir -p /{HOME}/inner; chmod 0700 /home/deployer")
 
@@ -97,20 +97,20 @@ def test_comfyui_restarts_when_a_developed_node_changes(steady: Fleet) -> None:
         machine.run(f"runuser -u deployer -- tee /{HOME}/{node.name} >/dev/null <<'END'\n{text}\nEND")
 
     write("import a_module_that_nobody_has")
-    done = steady.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
+    done = service.becomes(f'modes = ["development"]\ndevelop = ["/{HOME}"]\n')
     assert f"ComfyUI restarts whenever a Python file in /{HOME} changes" in done.stderr
     assert "node my-node cannot be imported: No module named 'a_module_that_nobody_has'" in done.stderr
     write(NODE.replace("NAME", "DevelopedOne"))
-    assert within(90, lambda: has(steady, "DevelopedOne"))
+    assert within(90, lambda: has(service, "DevelopedOne"))
     machine.run(f"runuser -u deployer -- sh -c 'echo value = 1 > /{HOME}/inner/more.py'")
     write("from .inner.more import value\n" + NODE.replace("NAME", "DevelopedTwo"))
-    assert within(90, lambda: has(steady, "DevelopedTwo"))
-    assert not has(steady, "DevelopedOne")
-    assert steady.deploy("--dry-run").returncode == 0
+    assert within(90, lambda: has(service, "DevelopedTwo"))
+    assert not has(service, "DevelopedOne")
+    assert service.deploy("--dry-run").returncode == 0
     log = machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload")
-    place = f"{PREFIX}/releases/{steady.current()}/custom_nodes/my-node"
+    place = f"{PREFIX}/releases/{service.current()}/custom_nodes/my-node"
     assert f"{place}/__init__.py changed: restarting ComfyUI" in log
-    assert exposure(steady, "comfyui-reload") <= 2.0
+    assert exposure(service, "comfyui-reload") <= 2.0
     tried = machine.run(
         f"nsenter --target $(systemctl show comfyui -p MainPID --value) --mount "
         f"runuser -u comfyui -- touch {place}/new 2>&1 || true"
@@ -119,27 +119,27 @@ def test_comfyui_restarts_when_a_developed_node_changes(steady: Fleet) -> None:
     write("import os; os._exit(3)")
     assert within(60, lambda: "auto-restart" in machine.run("systemctl show comfyui -p SubState"))
     write(NODE.replace("NAME", "DevelopedAgain"))
-    assert within(90, lambda: has(steady, "DevelopedAgain"))
+    assert within(90, lambda: has(service, "DevelopedAgain"))
     # a stopped service stays stopped
     machine.run("systemctl stop comfyui")
     write(NODE.replace("NAME", "DevelopedThree"))
     assert within(20, lambda: "is stopped" in machine.run("journalctl --no-pager --output=cat --unit=comfyui-reload"))
     assert machine.run("systemctl is-active comfyui || true").strip() == "inactive"
     machine.run("systemctl start comfyui")
-    assert within(90, lambda: has(steady, "DevelopedThree"))
-    steady.becomes()
+    assert within(90, lambda: has(service, "DevelopedThree"))
+    service.becomes()
     assert not (machine.root / "etc/systemd/system/comfyui-reload.service").is_symlink()
     assert machine.run("systemctl is-active comfyui-reload || true").strip() == "inactive"
 
 
-def test_timer_frees_memory(steady: Fleet) -> None:
-    steady.becomes('free_memory = "3s"\n')
-    timers = json.loads(steady.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
+def test_timer_frees_memory(service: Fleet) -> None:
+    service.becomes('free_memory = "3s"\n')
+    timers = json.loads(service.machine.run("systemctl list-timers --output=json comfyui-free-memory.timer"))
     assert [each["activates"] for each in timers] == ["comfyui-free-memory.service"]
     journal = "journalctl --no-pager --output=cat --unit=comfyui-free-memory"
     said = "ComfyUI has no job and frees its memory"
-    assert within(20, lambda: steady.machine.run(journal).count(said) >= 2)
-    assert exposure(steady, "comfyui-free-memory") <= 2.0
-    steady.machine.run("systemctl stop comfyui")
-    assert within(20, lambda: "ComfyUI does not answer" in steady.machine.run(journal))
-    assert "Failed" not in steady.machine.run(journal)
+    assert within(20, lambda: service.machine.run(journal).count(said) >= 2)
+    assert exposure(service, "comfyui-free-memory") <= 2.0
+    service.machine.run("systemctl stop comfyui")
+    assert within(20, lambda: "ComfyUI does not answer" in service.machine.run(journal))
+    assert "Failed" not in service.machine.run(journal)

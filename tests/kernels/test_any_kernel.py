@@ -55,7 +55,7 @@ SOURCES = {
     "shared/shared.h": "#define TEXT(x) #x\n#define STRING(x) TEXT(x)\n",
     "blas.cu": """
 #include <cublas_v2.h>
-#include <torch/csrc/utils/pybind.h>
+#include <pybind11/pybind11.h>
 #include <shared.h>
 __global__ void nothing() {}
 static int blas_version() {
@@ -125,9 +125,9 @@ def test_a_module_that_breaks_the_promised_abi_is_refused(hearth: Hearth) -> Non
     edit(hearth, "recipe.toml", 'root = "src"', 'root = "src"\npython = ">=3.10"\nabi = "abi3"')
     edit(hearth, "recipe.toml", "memory_mb", 'torch = ">=2.9"\nstable_torch = true\nmemory_mb')
     # torch's headers refuse a file that includes unstable ones, unless the file hides that
-    for name in ("blas.cu", "operators.cpp"):
-        text = "#undef Py_LIMITED_API\n#undef TORCH_TARGET_VERSION\n#include <torch"
-        edit(hearth, f"upstream/{name}", "#include <torch", text)
+    for name, first in (("blas.cu", "#include <pybind11"), ("operators.cpp", "#include <torch")):
+        text = f"#undef Py_LIMITED_API\n#undef TORCH_TARGET_VERSION\n{first}"
+        edit(hearth, f"upstream/{name}", first, text)
     done = hearth.inv(*BUILD)
     assert (done.returncode, kind_of(done.stderr)) == (40, "inspection"), done.stderr
     assert "any._blas: uses Python outside abi = 'abi3'" in done.stderr

@@ -174,12 +174,11 @@ def test_another_place_and_environment_give_the_same_bytes(built: Hearth, tmp_pa
     env = {name: value.format(place=other.place) for name, value in HOSTILE.items()}
     usual = os.umask(0o077)
     try:
-        done = other.inv(*BUILD, "--arch", "8.9;12.1", "--jobs", "1", **env)
+        done = other.inv(*BUILD, "--arch", "8.9", "--jobs", "1", **env)
     finally:
         os.umask(usual)
     assert done.returncode == 0, done.stderr
-    for name in WHEELS.values():
-        assert (other.wheelhouse / name).read_bytes() == (built.wheelhouse / name).read_bytes()
+    assert (other.wheelhouse / WHEELS["8.9"]).read_bytes() == (built.wheelhouse / WHEELS["8.9"]).read_bytes()
 
 
 def test_editing_one_source_rebuilds_one_file(built: Hearth) -> None:
@@ -311,14 +310,14 @@ def test_the_wheelhouse_is_verified(built: Hearth) -> None:
     wheel.write_bytes(whole)
 
 
-def test_a_newer_build_replaces_a_wheel(built: Hearth) -> None:
+def test_a_newer_build_replaces_a_wheel(built: Hearth, compiled: dict[str, str]) -> None:
     """The command that the build prints installs exactly it; prune deletes only the older one."""
     before = set(built.wheels())
     built.edit("recipe.toml", 'version = "0.1"', 'version = "0.2"')
     try:
         assert built.inv("wheels", "--prune", "--yes").returncode == 0
         assert set(built.wheels()) == before
-        done = built.inv(*BUILD, "--arch", "8.9")
+        done = built.inv(*BUILD, "--arch", "8.9", **compiled)
         assert done.returncode == 0, done.stderr
         (printed,) = re.findall(r"^ +(uv pip install .+)", done.stderr, re.MULTILINE)
         site = built.place / "site"

@@ -21,6 +21,10 @@ pytestmark = [pytest.mark.toolchain, pytest.mark.needs("g++", "git", "unshare", 
 BUILD = ("build-kernels", "--kernel", "tiny", "--python", "3.11", "--arch", "8.9")
 
 
+SCALE = 'kernels = ["csrc/scale*.cu"]\n'
+"""The files of the recipe that compile quickly: they include little."""
+
+
 def steps(text: str) -> list[str]:
     """The files that a run compiled or linked."""
     return [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("[")]
@@ -128,13 +132,12 @@ def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
         recipe.write_text(text.replace('kernels = ["csrc/sum.cu"]', f'kernels = ["{kernel}"]'))
     source = hearth.recipes / "broken/src/csrc/sum.cu"
     source.write_text(source.read_text().replace("float total = 0;", "float total = nothing;"))
-    words = ("--kernel", "broken,missing,tiny", "--arch", "8.9;9.0", "--python", "3.11")
-    done = hearth.inv("build-kernels", *words)
+    done = hearth.inv("build-kernels", "--kernel", "broken,missing,tiny", "--arch", "8.9", "--python", "3.11")
     assert (done.returncode, kind_of(done.stderr)) == (40, "several"), done.stderr
-    assert [each.name.partition("+")[0] for each in hearth.wheels()] == ["tiny-0.1"] * 2
-    assert "4 of 6 builds failed" in done.stderr
-    assert done.stderr.count("src/csrc/sum.cu could not be compiled") == 2
-    assert done.stderr.count("no file of the source matches 'csrc/nothing.cu'") == 2
+    assert [each.name.partition("+")[0] for each in hearth.wheels()] == ["tiny-0.1"]
+    assert "2 of 3 builds failed" in done.stderr
+    assert "src/csrc/sum.cu could not be compiled" in done.stderr
+    assert "no file of the source matches 'csrc/nothing.cu'" in done.stderr
 
 
 def test_killed_compiler_is_out_of_memory(hearth: Hearth) -> None:
@@ -184,15 +187,20 @@ def wait_for_a_step(process: subprocess.Popen[str]) -> None:
     raise AssertionError("the build ended before its first step")
 
 
+@pytest.mark.needs("ccache")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_interrupted_build_leaves_no_wheel_and_resumes(
     hearth: Hearth, compiled: dict[str, str], number: signal.Signals
 ) -> None:
     """The kill happens while a compiler runs, which lives on."""
-    hearth.env |= compiled if number == signal.SIGINT else {}
+    slow = hearth.place / "slow"
+    slow.touch()
+    launcher = script(hearth.place / "launcher", f'#!/bin/sh\n[ -e {slow} ] && sleep 1\nexec ccache "$@"\n')
+    hearth.env |= compiled | {"HEARTH_COMPILER_LAUNCHER": launcher}
     process = hearth.start(*BUILD, "--jobs", "1")
     wait_for_a_step(process)
     process.send_signal(number)
+    slow.unlink()
     process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
     assert not list(hearth.wheelhouse.glob("*"))
@@ -219,13 +227,13 @@ def test_concurrent_build_waits_and_hits_the_cache(hearth: Hearth) -> None:
     ("old", "new", "says"),
     [
         (
-            '"-O1"]\n\n[[modules]]',
-            '"-O1", "-gencode=arch=compute_90,code=sm_90"]\n\n[[modules]]',
+            SCALE,
+            f'{SCALE}flags = {{ nvcc = ["-gencode=arch=compute_90,code=sm_90"] }}\n',
             "contains SASS for sm_89, sm_90",
         ),
         (
-            '"-O1"]\n\n[[modules]]',
-            '"-O1", "-gencode=arch=compute_89,code=compute_89"]\n\n[[modules]]',
+            SCALE,
+            f'{SCALE}flags = {{ nvcc = ["-gencode=arch=compute_89,code=compute_89"] }}\n',
             "contains PTX for sm_89, requested none",
         ),
         (
