@@ -269,14 +269,6 @@ def test_foreign_current_link_is_refused(steady: Fleet) -> None:
     current.symlink_to(target)
 
 
-def test_it_starts_at_boot(steady: Fleet) -> None:
-    release = steady.current()
-    steady.machine.power_off()
-    steady.machine.boot()
-    assert steady.answers()
-    assert steady.current() == release
-
-
 def test_group_starts_with_its_canary(deployed: Fleet) -> None:
     ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
     deployed.configure(f'{ghost}[groups]\nsound = ["spark", "ghost"]\nsick = ["ghost", "spark"]\n')
@@ -334,6 +326,14 @@ def at_a_terminal(fleet: Fleet, words: tuple[str, ...], typed: str) -> tuple[int
             typed = ""
     os.close(ours)
     return process.wait(), said
+
+
+def test_it_starts_at_boot(service: Fleet) -> None:
+    release = service.current()
+    service.machine.power_off()
+    service.machine.boot()
+    assert service.answers()
+    assert service.current() == release
 
 
 def test_drift_is_repaired(service: Fleet) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from lock import nodes, requirements
 from lock.application import application
 from tests.errors import kind_of
 from tests.host.fleet import Fleet
+from tests.host.small import small
 
 pytestmark = pytest.mark.host
 
@@ -64,13 +65,14 @@ class Garden:
 
     folder: Path
     fleet: Fleet
+    app: Path = field(default_factory=lambda: source.fetch(application()))
 
     def __post_init__(self) -> None:
         self.folder.mkdir()
         text = (files.CHECKOUT / "recipes/comfyui/app.toml").read_text().partition("[[source]]")[0]
         text = re.sub(r"paths = \[.*?\]\n", "", text, flags=re.DOTALL)
         (self.folder / "app.toml").write_text(f'{text}[[source]]\nfolder = "src"\n')
-        (self.folder / "src").symlink_to(source.fetch(application()))
+        (self.folder / "src").symlink_to(self.app)
 
     def commit(self, name: str, code: str) -> str:
         """Commit this code to the node's repository; returns the table that pins it."""
@@ -153,8 +155,28 @@ def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: py
     assert fleet.current() == release
 
 
-def test_nodes_cannot_see_git_or_installers(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = garden.fleet.machine
+def test_unresolved_nodes_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
+    garden.write(first, monkeypatch=monkeypatch)
+    (garden.folder / "nodes.toml").write_text(garden.commit("good", "NODE_CLASS_MAPPINGS = {}\n"))
+    done = garden.deploy("good")
+    assert done.returncode == 26, done.stderr
+    assert "inv lock" in done.stderr
+
+
+def test_altered_node_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
+    # code that no other test fetches: cached code is not fetched again
+    table = garden.commit("good", GOOD.replace("WHICH", '("HearthGone",)'))
+    garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)
+    altered = garden.deploy("good")
+    garden.write(table.replace(str(garden.folder / "upstream/good"), "/nowhere/at/all"), monkeypatch=monkeypatch)
+    gone = garden.deploy("good")
+    assert (kind_of(altered.stderr), kind_of(gone.stderr)) == ("hash-mismatch", "source-unreachable")
+    assert "differs from the recipe's pin" in altered.stderr
+
+
+def test_nodes_cannot_see_git_or_installers(service: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, garden = service.machine, Garden(tmp_path / "garden", service, small(tmp_path, "small") / "src")
     for name in INSTALLERS:
         path = machine.root / name
         path.parent.mkdir(exist_ok=True)
@@ -174,23 +196,4 @@ def test_nodes_cannot_see_git_or_installers(garden: Garden, monkeypatch: pytest.
     assert list(tried) == lines
     assert not [line for line, said in tried.items() if "works" in said]
     assert tried["git clone x"] == "Permission denied"
-
-
-def test_unresolved_nodes_are_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = garden.commit("good", GOOD.replace("WHICH", '("HearthOne",)'))
-    garden.write(first, monkeypatch=monkeypatch)
-    (garden.folder / "nodes.toml").write_text(garden.commit("good", "NODE_CLASS_MAPPINGS = {}\n"))
-    done = garden.deploy("good")
-    assert done.returncode == 26, done.stderr
-    assert "inv lock" in done.stderr
-
-
-def test_altered_node_is_refused(garden: Garden, monkeypatch: pytest.MonkeyPatch) -> None:
-    # code that no other test fetches: cached code is not fetched again
-    table = garden.commit("good", GOOD.replace("WHICH", '("HearthGone",)'))
-    garden.write(re.sub('tree = "[0-9a-f]+"', f'tree = "{"0" * 64}"', table), monkeypatch=monkeypatch)
-    altered = garden.deploy("good")
-    garden.write(table.replace(str(garden.folder / "upstream/good"), "/nowhere/at/all"), monkeypatch=monkeypatch)
-    gone = garden.deploy("good")
-    assert (kind_of(altered.stderr), kind_of(gone.stderr)) == ("hash-mismatch", "source-unreachable")
-    assert "differs from the recipe's pin" in altered.stderr
+    machine.run("rm -rf /opt/comfyui/data/nodes")

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.host
 POOL = """\
 mounts."/srv/pool" = {}
 folders.output = "/srv/pool/out"
-model_roots = ["/srv/more"]
 """
 
 
@@ -49,60 +48,63 @@ def stopped(fleet: Fleet, within: float = 60) -> bool:
     return False
 
 
-def test_comfyui_follows_its_mounts(steady: Fleet) -> None:
+def test_comfyui_reads_models_in_other_places(steady: Fleet) -> None:
     machine = steady.machine
-    machine.run("mkdir -p /srv/pool /srv/more/loras; touch /srv/more/loras/hand.safetensors")
-    steady.configure(POOL)
-    refused = steady.deploy()
+    machine.run("mkdir -p /srv/more/loras; touch /srv/more/loras/hand.safetensors")
+    steady.becomes('model_roots = ["/srv/more"]\n')
+    with urllib.request.urlopen(f"http://127.0.0.1:{machine.port}/models/loras", timeout=10) as answer:
+        assert json.load(answer) == ["hand.safetensors"]
+    machine.run("rm -r /srv/more")
+
+
+def test_comfyui_follows_its_mounts(service: Fleet) -> None:
+    machine = service.machine
+    machine.run("mkdir -p /srv/pool")
+    service.configure(POOL)
+    refused = service.deploy()
     assert refused.returncode == 63, refused.stderr
     assert "/srv/pool is not mounted" in refused.stderr
     machine.run("mount --bind /srv/inodes /srv/pool")
-    done = steady.deploy("--no-trial")
+    done = service.deploy("--no-trial")
     assert done.returncode == 0, done.stderr
     assert "create /srv/pool/out" in done.stderr
-    picture(steady, "kept")
+    picture(service, "kept")
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
-    assert exposure(steady, "comfyui-storage") <= 2.0
-    with urllib.request.urlopen(f"http://127.0.0.1:{machine.port}/models/loras", timeout=10) as answer:
-        assert json.load(answer) == ["hand.safetensors"]
+    assert exposure(service, "comfyui-storage") <= 2.0
 
     machine.run("umount /srv/pool || umount --lazy /srv/pool")
-    assert stopped(steady)
+    assert stopped(service)
     assert machine.run("ls -A /srv/pool") == ""
-    gone = steady.deploy()
+    gone = service.deploy()
     assert (gone.returncode, "/srv/pool is not mounted" in gone.stderr) == (63, True), gone.stderr
     machine.run("mount --bind /srv/inodes /srv/pool")  # ComfyUI is not started
-    assert steady.answers()
+    assert service.answers()
 
     machine.power_off()
     machine.boot()
-    assert stopped(steady)
-    facts = steady.inv("facts", "--host", "spark")
+    assert stopped(service)
+    facts = service.inv("facts", "--host", "spark")
     assert "/srv/pool: not mounted; ComfyUI waits for it" in " ".join(facts.stdout.split()), facts.stdout
     machine.run("mount --bind /srv/inodes /srv/pool")
-    assert steady.answers()
+    assert service.answers()
     assert machine.run("ls /srv/pool/out").split() == ["kept_00001_.png"]
-    steady.becomes()
-    machine.run("umount /srv/pool; rm -r /srv/inodes/out /srv/more")
-    assert steady.answers(5)  # a mount that it no longer needs does not stop it
+    service.becomes()
+    machine.run("umount /srv/pool; rm -r /srv/inodes/out")
+    assert service.answers(5)  # a mount that it no longer needs does not stop it
 
 
-def test_full_data_disk_refuses_a_deploy(steady: Fleet) -> None:
-    machine = steady.machine
+def test_full_data_disk_refuses_a_deploy(service: Fleet) -> None:
+    machine = service.machine
     machine.run("mkdir -p /srv/small; mount -t tmpfs -o size=300M small /srv/small")
-    steady.becomes('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
+    service.becomes('mounts."/srv/small" = {}\nfolders.output = "/srv/small/out"\n')
     machine.run("head -c 400M /dev/zero > /srv/small/filler 2>/dev/null || true")
-    status = picture(steady, "none")["status"]
-    assert isinstance(status, dict)
-    assert status["status_str"] == "error"
-    assert steady.answers(5)
-    refused = steady.deploy()
+    refused = service.deploy()
     assert refused.returncode == 63, refused.stderr
     assert "free for /srv/small/out, 200.0 MB needed" in refused.stderr
     machine.run("rm /srv/small/filler")
-    picture(steady, "some")
+    picture(service, "some")
     assert "some_00001_.png" in machine.run("ls /srv/small/out")
-    steady.becomes()
+    service.becomes()
     machine.run("umount /srv/small")
 
 
