@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="session")
-def deployed(fleet: Fleet) -> Fleet:
+def _host(fleet: Fleet) -> Fleet:
     """The machine with ComfyUI and some user files in data/."""
     done = fleet.deploy("--json", "--no-trial")
     assert done.returncode == 0, done.stderr
@@ -51,6 +50,12 @@ def deployed(fleet: Fleet) -> Fleet:
     return fleet
 
 
+@pytest.fixture(scope="module")
+def deployed(_host: Fleet) -> Fleet:
+    """The machine with ComfyUI."""
+    return _host.run_by_default("")
+
+
 @pytest.fixture
 def steady(deployed: Fleet) -> Iterator[Fleet]:
     """The deployed machine. After the test it must be unchanged."""
@@ -59,15 +64,11 @@ def steady(deployed: Fleet) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def _stand_in(deployed: Fleet) -> Iterator[Fleet]:
-    """The deployed machine, where a stand-in for ComfyUI runs from here to the end of the file."""
-    with unchanged(deployed):
-        app = small(deployed.place, "small")
-        deployed.env["HEARTH_APP"] = str(app)
-        deployed.becomes()
-        yield deployed
-        del deployed.env["HEARTH_APP"]
-        shutil.rmtree(app)
+def _stand_in(_host: Fleet) -> Iterator[Fleet]:
+    """The machine, where a stand-in for ComfyUI runs from here to the end of the file."""
+    place, data = _host.place / "small", _host.data()
+    yield _host.run_by_default(str(place if place.exists() else small(_host.place, "small")))
+    assert _host.data() == data
 
 
 @pytest.fixture
@@ -79,6 +80,7 @@ def service(_stand_in: Fleet) -> Iterator[Fleet]:
 
 @pytest.fixture
 def healthy(_stand_in: Fleet) -> Fleet:
-    """The same machine with any release of the file's tests: it is steady after the last one."""
+    """The same machine with any release of the file's tests."""
     _stand_in.configure()
+    _stand_in.default = None
     return _stand_in

@@ -35,6 +35,8 @@ class Fleet(Client):
     machine: Machine
     place: Path
     env: dict[str, str] = field(default_factory=dict)
+    default: str | None = ""
+    """The application in service, as configured by default; empty: ComfyUI. None: any release is."""
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
         """Write hosts.toml: the host `spark`, followed by `text`."""
@@ -64,6 +66,14 @@ class Fleet(Client):
         done = self.deploy("--no-trial", *words)
         assert done.returncode == 0, done.stderr
         return done
+
+    def run_by_default(self, app: str) -> Fleet:
+        """Deploy this application with no further configuration, unless it is in service."""
+        if self.default != app:
+            self.env["HEARTH_APP"] = app
+            self.becomes()
+            self.default = app
+        return self
 
     @property
     def prefix(self) -> Path:

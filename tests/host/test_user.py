@@ -9,6 +9,7 @@ import pytest
 
 from tests.host.fleet import Fleet, fresh, link_environment, within
 from tests.host.machine import LOGIN, free_port
+from tests.host.small import small
 from tests.host.test_metrics import scrape
 
 pytestmark = pytest.mark.host
@@ -49,6 +50,8 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     assert facts["service"]["enabled"]
     again = own.deploy("--dry-run")
     assert again.returncode == 0, again.stderr
+    own.env["HEARTH_APP"] = str(small(own.place, "small"))  # the rest is about the service
+    own.becomes('scope = "user"\n')
     release = own.current()
     port = free_port()
     own.configure(f'scope = "user"\nmetrics_port = {port}\n')
@@ -73,7 +76,7 @@ def test_a_user_deploys_without_root(own: Own) -> None:
     assert own.facts()["service"]["pid"] != before
     development = own.current()
     own.configure('scope = "user"\n[hosts.spark.override]\nstart_seconds = 6\n')
-    slow = own.comfyui("never", {"main.py": (r"\A", 'import time; print("thinking", flush=True); time.sleep(99)\n')})
+    slow = small(own.place, "never", 'import time; print("thinking", flush=True); time.sleep(99)')
     broken = own.deploy(HEARTH_APP=str(slow))
     assert broken.returncode == 66, broken.stderr
     assert own.current() == development != release
