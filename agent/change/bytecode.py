@@ -51,15 +51,20 @@ def _take(before: Path, place: Path, old: bytes, new: bytes) -> None:
         module, *suffixes = file.rsplit(".", 2)  # the second is Python's tag
         if not cache or len(suffixes) != 2 or suffixes[1] != "pyc":
             continue
-        known, source = (each / folder / f"{module}.py" for each in (before, place))
+        known, source = (f"{each}/{folder}{module}.py" for each in (before, place))  # a Path for each would take longer
         with suppress(FileNotFoundError, NotADirectoryError, FileExistsError, struct.error):
-            was, status, content = known.stat(), source.stat(), (before / path).read_bytes()
+            was, status, content = os.stat(known), os.stat(source), _read(f"{before}/{path}")  # noqa: PTH116
             magic, *header = HEADER.unpack_from(content)
-            same = os.path.samestat(was, status) or known.read_bytes() == source.read_bytes()
+            same = os.path.samestat(was, status) or _read(known) == _read(source)
             if same and header == _header(was):
-                (place / path).parent.mkdir(exist_ok=True)
-                with (place / path).open("xb") as written:
+                os.makedirs(f"{place}/{folder}{cache}", exist_ok=True)  # noqa: PTH103
+                with open(f"{place}/{path}", "xb") as written:  # noqa: PTH123
                     written.write(HEADER.pack(magic, *_header(status)) + content[HEADER.size :].replace(old, new))
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:  # noqa: PTH123
+        return file.read()
 
 
 def _header(source: os.stat_result) -> list[int]:
