@@ -32,6 +32,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from agent.files import AgentError, Json, os_error, read, read_text
 from agent.install import keep
@@ -103,12 +104,12 @@ def _stay(verb: str, layout: Layout) -> None:
         print(health.free_if_idle(layout), flush=True)
 
 
-VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
-    "status": ("agent.look.status", "status", None),
-    "probe": ("agent.look.probe", "probe", None),
+VERBS: dict[str, tuple[str, str, tuple[str, ...] | str]] = {
+    "status": ("agent.look.status", "status", "facts.Questions"),
+    "probe": ("agent.look.probe", "probe", "facts.Questions"),
     "gpu": ("agent.look.samples", "samples", ("every", "seconds")),
     "mps": ("agent.look.mps", "mps", ()),
-    "logs": ("agent.look.logs", "logs", None),
+    "logs": ("agent.look.logs", "logs", "requests.LogQuery"),
     "jobs": ("agent.look.jobs", "jobs", ("count",)),
     "node-types": ("agent.look.node_types", "node_types", ("workflows",)),
     "survey": ("agent.look.survey", "survey", ("path",)),
@@ -117,17 +118,17 @@ VERBS: dict[str, tuple[str, str, tuple[str, ...] | None]] = {
     "submit": ("agent.change.runs", "submit", ("plan",)),
     "follow": ("agent.change.runs", "follow", ("run",)),
     "free-memory": ("agent.change.memory", "free", ("wait",)),
-    "settings": ("agent.change.settings", "look", None),
-    "access": ("agent.look.access", "access", None),
+    "settings": ("agent.change.settings", "look", "requests.SettingsQuery"),
+    "access": ("agent.look.access", "access", ("users",)),
     "sanitise": ("agent.change.sanitise", "sanitise_outputs", ("paths", "write", "replace")),
-    "secret": ("agent.serve.secret", "keep", None),
+    "secret": ("agent.serve.secret", "keep", "requests.SecretChange"),
     "gateway": ("agent.look.gateway", "gateway", ("port", "names", "certificate")),
     "gateway-audit": ("agent.look.gateway", "audit", ("lines", "since")),
     "gateway-server": ("agent.serve.balance", "set_state", ("host", "state", "seconds")),
-    "gateway-secrets": ("agent.serve.gateway", "gateway", None),
+    "gateway-secrets": ("agent.serve.gateway", "gateway", "requests.GatewaySecret"),
 }
-"""Module, function and request keys (None: the whole request) of each client verb. A verb imports only its own modules,
-which keeps the others fast."""
+"""Module and function of each client verb, and its arguments: keys of the request, or the request as a dataclass of
+`agent.schema`. A verb imports only its own modules, which keeps the others fast."""
 
 
 def _answer(verb: str, layout: Layout, request: Json) -> None:
@@ -135,13 +136,22 @@ def _answer(verb: str, layout: Layout, request: Json) -> None:
     if verb in OWN:
         say(OWN[verb](layout, request))
     elif verb in VERBS:
-        module, name, keys = VERBS[verb]
-        given = [request] if keys is None else [request[key] for key in keys]
-        answer = getattr(import_module(module), name)(layout, *given)
+        module, name, asked = VERBS[verb]
+        answer = getattr(import_module(module), name)(layout, *_given(asked, request))
         for value in answer if isinstance(answer, Iterator) else [answer]:
             say(value)
     else:
         raise AgentError("step", f"the agent does not support {verb!r}")
+
+
+def _given(asked: tuple[str, ...] | str, request: Json) -> list[Any]:
+    """The arguments that `VERBS` declares. Raises ValueError."""
+    if isinstance(asked, tuple):
+        return [request[key] for key in asked]
+    from agent.schema.decode import decode
+
+    module, _, kind = asked.partition(".")
+    return [decode(getattr(import_module(f"agent.schema.{module}"), kind), request, lenient=True)]
 
 
 def _facts(layout: Layout, request: Json) -> object:

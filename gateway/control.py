@@ -13,6 +13,7 @@ import msgspec
 from agent.schema import change as schema
 from agent.schema.gateway import Certificate, Certified, Person, PersonChanged, Server
 from agent.schema.installed import InstalledGateway
+from agent.schema.requests import GatewaySecret
 from core import console
 from core.errors import UsageError, suggest
 from deploy import connection, refusals
@@ -227,25 +228,26 @@ def rows(found: Status) -> list[str]:
 def authority(name: str, *, ask_sudo: bool) -> str:
     """The certificate of a gateway's own authority, which is made if needed."""
     _, gateway = find(name)
-    return _ask(gateway, Certified, ask_sudo=ask_sudo, action="certificate", names=gateway.names).authority
+    return _ask(gateway, Certified, "certificate", ask_sudo=ask_sudo, names=gateway.names).authority
 
 
 def change_person(name: str, action: str, person: str, *, ask_sudo: bool, value: str = "") -> PersonChanged:
-    """Change how a person logs in, by `action` of `agent.serve.gateway`. Raises UsageError."""
+    """Change how a person logs in, by an `action` of `GatewaySecret`. Raises UsageError."""
     name, gateway = find(name)
     if not PERSON.fullmatch(person):
         hint = "use a lower-case letter, then letters, digits and . _ -"
         raise UsageError("usage", f"{person!r} is not a user name", hint=hint)
-    found = _ask(gateway, PersonChanged, ask_sudo=ask_sudo, action=action, person=person, value=value)
+    found = _ask(gateway, PersonChanged, action, ask_sudo=ask_sudo, person=person, value=value)
     if action != "remove" and person not in gateway.users:
         console.say(f"{person} has no access yet: add [gateways.{name}.users.{person}], then inv gateway deploy")
     return found
 
 
-def _ask(gateway: Gateway, kind: type[T], *, ask_sudo: bool, **values: Any) -> T:
+def _ask(gateway: Gateway, kind: type[T], action: str, *, ask_sudo: bool, **values: Any) -> T:
     """Let a gateway's host change its people or certificate; return the answer."""
+    asked = GatewaySecret(action, f"{getuser()}@{gethostname()}", **values)
     with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        return msgspec.convert(agent.call("gateway-secrets", who=f"{getuser()}@{gethostname()}", **values), kind)
+        return msgspec.convert(agent.call("gateway-secrets", **vars(asked)), kind)
 
 
 def audit(name: str, lines: str, since: str, *, ask_sudo: bool) -> list[dict[str, Any]]:

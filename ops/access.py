@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from agent.schema.requests import DropIns
 from agent.schema.settings import Access, Node
 from core import console
 from core.errors import UsageError
@@ -51,9 +52,9 @@ def users(target: Target) -> list[str]:
     return list(filter(None, dict.fromkeys([target.host.run_as, target.site.exporter, *target.host.members])))
 
 
-def setting(target: Target) -> settings.Setting:
+def setting(target: Target) -> DropIns:
     """The drop-in files that restrict the GPU to a group, and the group."""
-    return settings.Setting(_FILES, {GROUP: tuple(users(target))})
+    return DropIns(_FILES, {GROUP: tuple(users(target))})
 
 
 # --- plans: pure ---------------------------------------------------------------------------------------------------

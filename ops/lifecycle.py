@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
+from agent.schema.requests import DropIns
 from core import console
 from core.console import counted
 from core.errors import UsageError
@@ -89,7 +90,7 @@ def quarantine(target: Target, facts: Facts, options: Options) -> Plan:
         text = "# Written by Hearth: inv quarantine --undo removes it.\n[Service]\nPrivateNetwork=yes\n"
         place = f"/etc/systemd/system/{host.service}.service.d/zz-hearth-quarantine.conf"
         title = f"cut {host.service} off from the network, also after a restart"
-        drop_in = settings.Setting({place: text})
+        drop_in = DropIns({place: text})
         steps.append(settings.apply_step(QUARANTINE, drop_in, title, undo="inv quarantine --undo"))
     if facts.service.active or facts.service.waits or facts.busy or not facts.paused:
         title = f"stop {host.service} at once, until inv quarantine --undo and inv resume"

@@ -6,11 +6,12 @@ import json
 import re
 import threading
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent.schema.live import LogLine
+from agent.schema.requests import LogQuery
 from core import console
 from core.errors import HearthError, UsageError
 from core.flags import number
@@ -24,18 +25,18 @@ LINES = 100
 """The number of lines without --lines and --since."""
 
 
-def question(lines: str, since: str, grep: str, *, follow: bool) -> dict[str, Any]:
-    """The request to the agent; `lines` is None for all. Raises UsageError."""
+def query(lines: str, since: str, grep: str, *, follow: bool) -> LogQuery:
+    """The request to the agent. Raises UsageError."""
     try:
         re.compile(grep)
     except re.error as error:
         hint = "use Python's syntax; put a backslash before ( [ . * + ? to match them literally"
         raise UsageError("usage", f"--grep {grep} is not a regular expression", cause=str(error), hint=hint) from None
     count = int(number("lines", lines, whole=True)) if lines else None if since else LINES
-    return {"lines": count, "since": since, "grep": grep, "follow": follow}
+    return LogQuery(count, since, grep, follow)
 
 
-def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json: bool) -> int:
+def show(names: Sequence[str], asked: LogQuery, *, ask_sudo: bool, as_json: bool) -> int:
     """Print the logs of hosts, one after the other, or interleaved if followed; returns 130 at Ctrl-C.
 
     With several hosts, each line starts with its host's name, and 1 is returned if a log cannot be read. With one host,
@@ -47,7 +48,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
     def one(name: str) -> None:
         try:
             with connection.connect(find_target(name), ask_sudo) as agent:
-                lines = (msgspec.convert(each, LogLine) for each in agent.stream("logs", **asked))
+                lines = (msgspec.convert(each, LogLine) for each in agent.stream("logs", **vars(asked)))
                 _print(lines, name, alone=alone, as_json=as_json)
         except HearthError as error:
             if alone:
@@ -56,7 +57,7 @@ def show(names: Sequence[str], asked: dict[str, Any], *, ask_sudo: bool, as_json
             console.say(f"{name}: {error}")
 
     try:
-        if alone or not asked["follow"]:
+        if alone or not asked.follow:
             for name in names:
                 one(name)
         else:  # daemons: Ctrl-C does not wait for them

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from agent.schema.live import Mps
+from agent.schema.requests import DropIns
 from core import files
 from core.console import counted
 from core.errors import UsageError
@@ -48,7 +49,7 @@ def limits(percent: str, memory: str) -> dict[str, str]:
     return {name: value for name, value in ((PERCENT, percent), (MEMORY, memory)) if value}
 
 
-def setting(target: Target, control: str, limited: Mapping[str, str]) -> settings.Setting:
+def setting(target: Target, control: str, limited: Mapping[str, str]) -> DropIns:
     """The drop-in files of MPS: the daemon's unit, and a drop-in that points ComfyUI to it."""
     service = target.host.service
     text = (files.CHECKOUT / "recipes/system/mps.service").read_text()
@@ -79,7 +80,7 @@ def setting(target: Target, control: str, limited: Mapping[str, str]) -> setting
     name = "hearth-mps.conf"
     found = {unit: Template(text).substitute(values), f"{service}.service.d/{name}": drop_in}
     units = {f"/etc/systemd/system/{name}": text for name, text in found.items()}
-    return settings.Setting({**units, f"/etc/containers/systemd/{service}.container.d/{name}": container})
+    return DropIns({**units, f"/etc/containers/systemd/{service}.container.d/{name}": container})
 
 
 # --- plans: pure ---------------------------------------------------------------------------------------------------

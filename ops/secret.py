@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.schema.live import Stored
+from agent.schema.requests import SecretChange
 from core import console, shell
 from core.errors import ConfigError, HearthError, UsageError
 from deploy import connection, passwords
@@ -42,7 +43,7 @@ def run(
         target = find_target(each)
         with connection.connect(target, ask_sudo) as agent:
             who = f"{getuser()}@{gethostname()}"
-            kept = msgspec.convert(agent.call("secret", name=name, value=value, who=who), Stored).kept
+            kept = msgspec.convert(agent.call("secret", **vars(SecretChange(name, value, who))), Stored).kept
         done[each] = {name: kept or "removed"}
         if kept == "plain" and target.host.scope == "system":
             console.say(f"{each}: its systemd cannot encrypt secrets; it is stored in a file that only root can read")

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent.schema.change import Set, Unset
+from agent.schema.requests import SettingsQuery
 from agent.schema.settings import State
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from agent.schema.change import Step
+    from agent.schema.requests import DropIns
     from deploy.connection import Agent
     from deploy.facts import Facts
     from deploy.plan import Options
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Drop-in files by path, and members that groups get; `agent/change/settings.py` says what the files change."""
-
-    files: dict[str, str]
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def settled(state: State, name: str) -> bool:
@@ -32,13 +25,13 @@ def settled(state: State, name: str) -> bool:
     return all(each.now == each.wanted for each in state.seen[name])
 
 
-def look(agent: Agent, wanted: Mapping[str, Setting]) -> State:
+def look(agent: Agent, wanted: Mapping[str, DropIns]) -> State:
     """The state of some settings on a host."""
-    return msgspec.convert(agent.call("settings", settings=msgspec.to_builtins(wanted)), State)
+    return msgspec.convert(agent.call("settings", **msgspec.to_builtins(SettingsQuery({**wanted}))), State)
 
 
 def apply_step(
-    name: str, setting: Setting, title: str, *, undo: str, why: str = "requested", stops: Options | None = None
+    name: str, setting: DropIns, title: str, *, undo: str, why: str = "requested", stops: Options | None = None
 ) -> Step:
     """The step that applies a setting; `stops` is as in `undo_step`."""
     return Set(title, why, undo, *_stopping(stops), name, setting.files, setting.groups)

@@ -323,7 +323,7 @@ def logs(
     """
     from ops import logs
 
-    request = logs.question(lines, since, grep, follow=follow)
+    request = logs.query(lines, since, grep, follow=follow)
     return logs.show(where.names(), request, ask_sudo=where.ask_sudo, as_json=out.json)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from agent.schema.requests import DropIns
 from core import config, console, files
 from core.errors import ConfigError, UsageError, suggest
 from deploy import fleet, refusals
@@ -59,17 +60,17 @@ def known() -> Known:
     return found
 
 
-def drop_ins(name: str, setting: Setting) -> settings.Setting:
+def drop_ins(name: str, setting: Setting) -> DropIns:
     """The drop-in file of a setting."""
     if setting.unit:
         text = (files.CHECKOUT / "recipes/system" / setting.unit).read_text()
-        return settings.Setting({f"/etc/systemd/system/hearth-{name}.service": text})
+        return DropIns({f"/etc/systemd/system/hearth-{name}.service": text})
     head = f"# Written by Hearth: inv tune --undo {name} removes it.\n"
     if setting.sysctl:
         lines = "".join(f"{key} = {value}\n" for key, value in setting.sysctl.items())
-        return settings.Setting({f"/etc/sysctl.d/90-hearth-{name}.conf": head + lines})
+        return DropIns({f"/etc/sysctl.d/90-hearth-{name}.conf": head + lines})
     lines = "".join(f"w {place} - - - - {value}\n" for place, value in setting.value.items())
-    return settings.Setting({f"/etc/tmpfiles.d/hearth-{name}.conf": head + lines})
+    return DropIns({f"/etc/tmpfiles.d/hearth-{name}.conf": head + lines})
 
 
 def unfit(setting: Setting, facts: Facts) -> str:

@@ -23,13 +23,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.change.lifecycle import await_answer, await_jobs
-from agent.files import AgentError, Json, Note, discard, write
+from agent.files import AgentError, Note, discard, write
 from agent.journal import SettingsJournal
 from agent.layout import Layout
 from agent.look.accounts import group_name
 from agent.processes import run
 from agent.schema.change import Set, Unset
 from agent.schema.records import SettingChange
+from agent.schema.requests import SettingsQuery
 from agent.schema.settings import Applied, Seen, State
 from agent.serve.managers import manager_of
 from agent.serve.systemd import QUADLETS, UNITS
@@ -155,13 +156,13 @@ def seen(files: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> tuple
     return tuple(found)
 
 
-def look(layout: Layout, request: Json) -> State:
+def look(layout: Layout, asked: SettingsQuery) -> State:
     """Return the changes in force and the state of the requested `settings`, by name."""
     applied = {
         name: tuple(Applied(each.kind, each.place, each.old, each.new) for each in listed)
         for name, listed in SettingsJournal(layout).in_force().items()
     }
-    return State(applied, {name: seen(each["files"], each["groups"]) for name, each in request["settings"].items()})
+    return State(applied, {name: seen(each.files, each.groups) for name, each in asked.settings.items()})
 
 
 # --- steps ---------------------------------------------------------------------------------------------------------

@@ -6,18 +6,18 @@ import os
 import pwd
 import re
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from agent.files import Json
 from agent.layout import Layout
 from agent.look.accounts import group_name, user_name
 from agent.schema.settings import Access, Node, Rule
 
 
-def access(layout: Layout, request: Json) -> Access:
+def access(layout: Layout, users: Sequence[str]) -> Access:
     """Return the GPU's device files, which `users` may not use each, and the settings that control access."""
-    people = {name: _groups(name) for name in request["users"]}
+    people = {name: _groups(name) for name in users}
     nodes: list[Node] = []
     for place in map(str, [*sorted(Path("/dev").glob("nvidia*")), *sorted(Path("/dev/dri").glob("render*"))]):
         status = Path(place).stat()

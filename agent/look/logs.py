@@ -21,6 +21,7 @@ from agent.files import AgentError, Json
 from agent.layout import Layout
 from agent.processes import LOG_BYTES
 from agent.schema.live import LogLine
+from agent.schema.requests import LogQuery
 from agent.serve.managers import manager_of
 from agent.serve.supervised import Supervised
 from agent.serve.systemd import Systemd, login
@@ -34,29 +35,25 @@ LONGEST = 100_000
 Match = Callable[[str], bool]
 
 
-def logs(layout: Layout, request: Json) -> Iterator[LogLine]:
-    """Yield the log, oldest first, and notes on it.
-
-    `lines` is the number of last lines (None: all), `since` a time, `grep` a regular expression that is matched
-    without colours; `follow` streams without end. Raises AgentError if the log cannot be read.
-    """
+def logs(layout: Layout, asked: LogQuery) -> Iterator[LogLine]:
+    """Yield the log, oldest first, and notes on it. Raises AgentError if the log cannot be read."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that journalctl is ended, too
     try:
-        wanted = re.compile(request["grep"])
+        wanted = re.compile(asked.grep)
     except re.error as error:
-        raise AgentError("usage", f"--grep {request['grep']} is not a regular expression", str(error)) from None
+        raise AgentError("usage", f"--grep {asked.grep} is not a regular expression", str(error)) from None
     manager = manager_of(layout)
 
     def match(text: str) -> bool:
         return bool(wanted.search(re.sub(r"\x1b\[[0-9;]*m", "", text)))
 
-    lines = _journal(manager, request, match) if isinstance(manager, Systemd) else _file(manager, request, match)
+    lines = _journal(manager, asked, match) if isinstance(manager, Systemd) else _file(manager, asked, match)
     printed = False
     for each in lines:
         printed = printed or each.text is not None
         yield each
     if not printed:
-        yield LogLine(note=_silence(manager, request))
+        yield LogLine(note=_silence(manager, asked))
 
 
 def _shown(raw: bytes) -> str:
@@ -82,10 +79,10 @@ def moment(text: str, now: float) -> float:
     return datetime.fromisoformat(re.sub(r"Z$", "+00:00", plain)).timestamp()
 
 
-def _silence(manager: Systemd | Supervised, request: Json) -> str:
+def _silence(manager: Systemd | Supervised, asked: LogQuery) -> str:
     """Explain why there is no output."""
-    since = f" since {request['since']}" if request["since"] else ""
-    if request["grep"]:
+    since = f" since {asked.since}" if asked.since else ""
+    if asked.grep:
         return f"no line matches{since}"
     if isinstance(manager, Supervised):
         return (
@@ -101,12 +98,12 @@ def _silence(manager: Systemd | Supervised, request: Json) -> str:
 # --- the journal ---------------------------------------------------------------------------------------------------
 
 
-def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[LogLine]:
+def _journal(manager: Systemd, asked: LogQuery, match: Match) -> Iterator[LogLine]:
     who = "--user-unit" if manager.layout.scope == "user" else "--unit"
     words = ["journalctl", "--quiet", "--no-pager", "--output=json", "--all"]  # all: long lines and colours, too
     words += [f"{who}={unit}" for unit in (manager.unit, manager.storage)]
-    since = _since(request["since"])
-    cursor, last = "", request["lines"]
+    since = _since(asked.since)
+    cursor, last = "", asked.lines
     try:
         if last is None:
             for entry in _entries([*words, *since]):
@@ -125,7 +122,7 @@ def _journal(manager: Systemd, request: Json, match: Match) -> Iterator[LogLine]
             raise
         yield from _remembered(manager.layout, error, match)
         return
-    if request["follow"]:
+    if asked.follow:
         place = ["--no-tail", f"--after-cursor={cursor}"] if cursor else ["--lines=0"]
         for each in _entries([*words, "--follow", *place], ALIVE):
             yield from _line(each, match) if each else [LogLine()]
@@ -212,14 +209,14 @@ def _remembered(layout: Layout, error: AgentError, match: Match) -> Iterator[Log
 # --- the supervisor's file -----------------------------------------------------------------------------------------
 
 
-def _file(manager: Supervised, request: Json, match: Match) -> Iterator[LogLine]:
+def _file(manager: Supervised, asked: LogQuery, match: Match) -> Iterator[LogLine]:
     older = manager.output.with_name(f"{manager.output.name}.1")
     places = [(older, 0), (manager.output, 0)]
-    if request["since"]:
+    if asked.since:
         try:
-            at = moment(request["since"], time.time())
+            at = moment(asked.since, time.time())
         except ValueError:
-            what = f"--since {request['since']} is not a supported time"
+            what = f"--since {asked.since} is not a supported time"
             raise AgentError(
                 "usage", what, "", "use a time such as '2026-11-23 14:00', '10 min ago' or yesterday"
             ) from None
@@ -241,8 +238,8 @@ def _file(manager: Supervised, request: Json, match: Match) -> Iterator[LogLine]
                         yield LogLine(text)
                 read = file.tell()
 
-    yield from written() if request["lines"] is None else deque(written(), maxlen=request["lines"])
-    if request["follow"]:
+    yield from written() if asked.lines is None else deque(written(), maxlen=asked.lines)
+    if asked.follow:
         for text in _grown(manager.output, read):
             if text is None or match(text):
                 yield LogLine(text)

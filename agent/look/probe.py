@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from agent.files import AgentError, Json, read_text
+from agent.files import AgentError, read_text
 from agent.layout import DATA, Layout
 from agent.look.facts import STALE, check_folders_respond
 from agent.look.mps import mps
@@ -21,7 +21,7 @@ from agent.parts import as_service, forked
 from agent.processes import run
 from agent.schema.decode import decode
 from agent.schema.facts import Questions
-from agent.schema.live import Containers, Kernel, Mps, Probe, Probed
+from agent.schema.live import Containers, Kernel, Mps, Probe, Probed, Torch
 from agent.serve.managers import Manager, manager_of
 from agent.serve.sandbox import python_of, sandboxed, unit_of
 from agent.serve.systemd import Systemd
@@ -30,9 +30,8 @@ LINES = 2000
 """Number of log lines to read: enough for a start with many nodes and for the last failure."""
 
 
-def probe(layout: Layout, request: Json) -> Probed:
+def probe(layout: Layout, ask: Questions) -> Probed:
     """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises AgentError."""
-    ask = decode(Questions, request, lenient=True)
     check_folders_respond(layout, ask, STALE)
     manager = manager_of(layout)
     access, log = forked(_access, layout, ask.roots), forked(_log, layout)
@@ -45,7 +44,7 @@ def probe(layout: Layout, request: Json) -> Probed:
         compiler=shutil.which("cc") or shutil.which("gcc") or "",
         headers=_headers(layout),
         installed=_installed(layout, ("torch", "torchvision", "torchaudio")),
-        torch=_torch(layout) if layout.current.exists() and seen.live.comfyui.state != "answers" else {},
+        torch=_torch(layout) if layout.current.exists() and seen.live.comfyui.state != "answers" else None,
         access=access(),
         log=tuple((at, line) for at, line in log()),
         kernel=decode(Kernel, kernel()),
@@ -150,22 +149,18 @@ def _installed(layout: Layout, names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _torch(layout: Layout) -> Json:
+def _torch(layout: Layout) -> Torch:
     """Return what torch reports about CUDA in the current environment, run in the service's sandbox."""
-    script = (
-        "import json, torch; c = torch.cuda; a = c.is_available(); "
-        "print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, 'available': a, "
-        "'devices': [c.get_device_name(i) for i in range(c.device_count())] if a else []}))"
-    )
-
+    script = "import json, torch; found = {'version': torch.__version__, 'available': torch.cuda.is_available()}; "
+    script += "print(json.dumps(found))"
     release = layout.manifest(layout.release())
     try:
         argv = [python_of(layout, release), "-I", "-B", "-c", script]
-        return dict(json.loads(sandboxed(layout, unit_of(layout, release), argv, release, seconds=60)))
+        return decode(Torch, json.loads(sandboxed(layout, unit_of(layout, release), argv, release, seconds=60)))
     except AgentError as error:
-        return {"error": error.report["cause"] or error.report["what"]}
+        return Torch(error=error.report["cause"] or error.report["what"])
     except (ValueError, TypeError, KeyError) as error:
-        return {"error": str(error)}
+        return Torch(error=str(error))
 
 
 def _enabled(unit: str) -> bool:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from agent.api import accepts_connections, endpoint, queue, system_stats
-from agent.files import AgentError, Json, meminfo
+from agent.files import AgentError, meminfo
 from agent.layout import Layout
 from agent.look.facts import STALE, check_folders_respond, facts
 from agent.look.gpu import gpus
-from agent.schema.decode import decode
 from agent.schema.facts import Questions
 from agent.schema.live import ComfyUI, Device, Disk, Glance, Live, RunningJob
 from agent.serve.managers import ours
@@ -25,9 +24,8 @@ VERIFIED = 300
 """Seconds for which an intact part is not verified again: checking 66,000 files takes half a second of CPU time."""
 
 
-def status(layout: Layout, request: Json) -> Glance:
+def status(layout: Layout, ask: Questions) -> Glance:
     """Return facts and current state; recently verified parts are not verified again. Raises AgentError."""
-    ask = decode(Questions, request, lenient=True)
     check_folders_respond(layout, ask, STALE)
     return glance(layout, ask)
 

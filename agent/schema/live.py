@@ -247,6 +247,15 @@ class Containers:
 
 
 @dataclass(frozen=True)
+class Torch:
+    """What torch reports about CUDA in the service's environment and sandbox."""
+
+    version: str = ""
+    available: bool = False  # it finds a device
+    error: str = ""  # why it could not be asked
+
+
+@dataclass(frozen=True)
 class Probe:
     """Data for the doctor's checks beyond facts and current state."""
 
@@ -256,7 +265,7 @@ class Probe:
     compiler: str = ""  # path of a C compiler; empty: none
     headers: str = ""  # path of Python.h for the release's Python; empty: none
     installed: dict[str, str] = field(default_factory=dict)  # versions of torch's packages in the environment
-    torch: dict[str, Any] = field(default_factory=dict)  # torch's view of CUDA, or its `error`; empty: ComfyUI answers
+    torch: Torch | None = None  # None: not asked, because ComfyUI answers
     access: dict[str, str] = field(default_factory=dict)  # paths that the service must, but cannot "read" or "write"
     kernel: Kernel = Kernel(True, ())
     log: tuple[tuple[float | None, str], ...] = ()  # the service's last lines with their times, without colours

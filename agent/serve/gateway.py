@@ -24,12 +24,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from agent.files import AgentError, Json, record, recorded, write
+from agent.files import AgentError, record, recorded, write
 from agent.journal import note_change, now
 from agent.layout import Layout
 from agent.locks import flock
 from agent.processes import run
 from agent.schema.gateway import Certificate, CertificateNames, Certified, Login, Person, PersonChanged
+from agent.schema.requests import GatewaySecret
 from agent.serve.systemd import Systemd
 
 GROUP = "hearth-gateway"
@@ -37,24 +38,19 @@ AUTHORITY_DAYS, DAYS, RENEW_DAYS = 3650, 397, 30
 """Validity of the authority and of a certificate (browsers refuse more than 398 days), and when it is renewed."""
 
 
-def gateway(layout: Layout, request: Json) -> Certified | PersonChanged:
-    """Carry out `action` for a gateway and return the result. Raises AgentError.
-
-    "password" and "token": set a `person`'s password (`value`), or add a token and return it.
-    "remove": forget a `person`. "certificate": make the authority and a certificate for `names`, if needed.
-    """
-    action, folder = str(request["action"]), folder_of(layout)
+def gateway(layout: Layout, asked: GatewaySecret) -> Certified | PersonChanged:
+    """Carry out a change and return the result. Raises AgentError."""
+    action, person, folder = asked.action, asked.person, folder_of(layout)
     folder.mkdir(parents=True, exist_ok=True)
     with flock(folder / "lock", wait=30):
         if action == "certificate":
-            return certify(folder, [str(each) for each in request["names"]])
+            return certify(folder, asked.names)
         known = _logins(folder)
-        person = str(request["person"])
         if not re.fullmatch(r"[a-z][a-z0-9._-]{0,31}", person):
             raise AgentError("usage", f"{person!r} is not a user name", "", "use a lower-case letter first, as in anna")
         result, login = PersonChanged(), known.get(person, Login())
         if action == "password":
-            known[person] = replace(login, password=_hash(str(request["value"])))
+            known[person] = replace(login, password=_hash(asked.value))
         elif action == "token":
             result = PersonChanged(secrets.token_urlsafe(32))
             digest = hashlib.sha256(result.token.encode()).hexdigest()
@@ -65,7 +61,7 @@ def gateway(layout: Layout, request: Json) -> Certified | PersonChanged:
             raise AgentError("usage", f"a gateway has no action {action!r}")
         keep(folder, known)
     _reload(layout)
-    note_change(layout, f"gateway {action} {person}", request["who"])
+    note_change(layout, f"gateway {action} {person}", asked.who)
     return result
 
 

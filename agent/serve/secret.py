@@ -8,10 +8,11 @@ import shutil
 import subprocess
 from contextlib import suppress
 
-from agent.files import AgentError, Json, write
+from agent.files import AgentError, write
 from agent.journal import note_change
 from agent.layout import Layout
 from agent.schema.live import Stored
+from agent.schema.requests import SecretChange
 
 ENCRYPTED = ".cred"
 """File suffix of encrypted secrets."""
@@ -27,9 +28,9 @@ def secrets(layout: Layout) -> dict[str, str]:
     return found
 
 
-def keep(layout: Layout, request: Json) -> Stored:
-    """Store a secret (`name`, `value`), or delete it if the value is None; return its storage. Raises AgentError."""
-    name, value = str(request["name"]), request["value"]
+def keep(layout: Layout, asked: SecretChange) -> Stored:
+    """Store a secret, or delete it; return its storage. Raises AgentError."""
+    name, value = asked.name, asked.value
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise AgentError("usage", f"{name!r} is not a variable name", "", "use a name such as HF_TOKEN")
     layout.secrets.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def keep(layout: Layout, request: Json) -> Stored:
         if how != kept:
             path.unlink(missing_ok=True)
     action = f"{'remove' if value is None else 'set'} secret {name}"
-    note_change(layout, action, request["who"])
+    note_change(layout, action, asked.who)
     return Stored(how)
 
 

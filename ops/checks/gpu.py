@@ -27,8 +27,8 @@ def _cuda(case: Case) -> Found:
     if comfyui.state == "answers" and not any(each.type == "cuda" for each in comfyui.devices):
         kinds = ", ".join(each.type for each in comfyui.devices)
         yield Problem(f"ComfyUI finds no CUDA device and computes on {kinds}", f"inv gpu-access {case.at}")
-    elif torch and (torch.get("error") or not torch.get("available")):
-        reason = torch.get("error") or f"torch {torch.get('version')} finds no device"
+    elif torch and not torch.available:
+        reason = torch.error or f"torch {torch.version} finds no device"
         yield Problem(f"torch cannot use CUDA: {reason}", f"inv gpu-access {case.at}")
 
 

@@ -22,6 +22,7 @@ from agent.look import gateway as look
 from agent.schema.change import CutOver
 from agent.schema.gateway import Person
 from agent.schema.manifest import ReleaseManifest
+from agent.schema.requests import GatewaySecret
 from agent.serve import gateway as kept
 from agent.serve.systemd import Systemd
 from deploy.gateways import Limits
@@ -36,7 +37,7 @@ def layout(tmp_path: Path) -> Layout:
 
 
 def ask(layout: Layout, action: str, person: str = "", **values: Any) -> Any:
-    return kept.gateway(layout, {"action": action, "person": person, "who": "a@b", **values})
+    return kept.gateway(layout, GatewaySecret(action, "a@b", person, **values))
 
 
 def test_haproxy_accepts_the_people_that_were_added(layout: Layout, tmp_path: Path) -> None:

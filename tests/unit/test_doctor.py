@@ -15,7 +15,7 @@ import pytest
 from agent.schema.facts import Busy, Ended
 from agent.schema.gateway import GatewayState, LogDisk, Served, Server
 from agent.schema.installed import InstalledGateway
-from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe
+from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe, Torch
 from agent.schema.survey import Installation, Survey
 from core.errors import ConnectError, ToolError
 from deploy.facts import Facts
@@ -59,7 +59,7 @@ def test_wrong_clock_is_reported(off: float, what: str) -> None:
 def test_torch_is_asked_when_comfyui_does_not_answer() -> None:
     stopped = replace(settled(), service=replace(settled().service, active=False))
     live = replace(WELL, comfyui=ComfyUI("closed"))
-    case = seen(stopped, live, replace(PROBE, torch={"error": "CUDA driver initialization failed"}))
+    case = seen(stopped, live, replace(PROBE, torch=Torch(error="CUDA driver initialization failed")))
     assert found(case)["cuda"] == "torch cannot use CUDA: CUDA driver initialization failed"
 
 

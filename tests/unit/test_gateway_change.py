@@ -20,6 +20,7 @@ from agent.layout import Layout
 from agent.look.gateway import current, installed, previous
 from agent.schema.change import Gateway as Step
 from agent.schema.installed import InstalledGateway
+from agent.schema.requests import GatewaySecret
 from agent.serve import gateway as kept
 from agent.serve import systemd
 from deploy.gateways import Gateway, Person
@@ -184,12 +185,12 @@ def test_an_interrupted_change_restores_the_gateway_before_it(host: Served, monk
 def test_people_are_known_to_a_gateway_in_service_at_once(host: Served) -> None:
     host.apply(host.wanted())
     assert host.code(headers=basic("anna", "secret")) == 401
-    kept.gateway(host.layout, {"action": "password", "person": "anna", "value": "secret", "who": "a@b"})
+    kept.gateway(host.layout, GatewaySecret("password", "a@b", "anna", "secret"))
     end = time.monotonic() + 120
     while host.code(headers=basic("anna", "secret")) != 403:
         assert time.monotonic() < end
         time.sleep(0.5)  # a limit on failed logins counts these requests
-    kept.gateway(host.layout, {"action": "remove", "person": "anna", "who": "a@b"})
+    kept.gateway(host.layout, GatewaySecret("remove", "a@b", "anna"))
     while host.code(headers=basic("anna", "secret")) not in (401, 429):
         assert time.monotonic() < end
         time.sleep(0.5)

@@ -15,6 +15,7 @@ from agent.layout import Layout
 from agent.look import jobs as agent_jobs
 from agent.look import logs as agent_logs
 from agent.schema.live import Job, LogLine
+from agent.schema.requests import LogQuery
 from agent.serve.supervised import Supervised
 from core.errors import ConnectError
 from deploy import fleet
@@ -31,7 +32,7 @@ def own(place: Path, port: int = 1) -> Layout:
 
 
 def read(layout: Layout, **asked: Any) -> Iterator[LogLine]:
-    return agent_logs.logs(layout, {"lines": 100, "since": "", "grep": "", "follow": False, **asked})
+    return agent_logs.logs(layout, LogQuery(**{"lines": 100, **asked}))
 
 
 def texts(layout: Layout, **asked: Any) -> list[str]:
@@ -39,13 +40,13 @@ def texts(layout: Layout, **asked: Any) -> list[str]:
 
 
 def test_log_request_fields() -> None:
-    assert logs.question("", "", "", follow=True) == {"lines": 100, "since": "", "grep": "", "follow": True}
-    assert logs.question("", "yesterday", "", follow=False)["lines"] is None
-    assert logs.question("7", "yesterday", "", follow=False)["lines"] == 7
+    assert logs.query("", "", "", follow=True) == LogQuery(100, follow=True)
+    assert logs.query("", "yesterday", "", follow=False).lines is None
+    assert logs.query("7", "yesterday", "", follow=False).lines == 7
     with raises("usage", match="--lines must be"):
-        logs.question("-1", "", "", follow=False)
+        logs.query("-1", "", "", follow=False)
     with raises("usage", match=r"--grep \( is not a regular expression"):
-        logs.question("", "", "(", follow=False)
+        logs.query("", "", "(", follow=False)
 
 
 @pytest.mark.parametrize(
