@@ -234,9 +234,9 @@ def test_the_supervisors_log(running: Here) -> None:
     assert (len(shell.stdout.splitlines()), shell.stdout.splitlines()[-1], shell.stderr) == (3, "0", "")
 
 
-def submit(port: int, prefix: str) -> str:
+def submit(port: int, prefix: str, width: int = 64) -> str:
     """Have ComfyUI save a picture, which needs no model; returns the prompt's id."""
-    inputs = {"width": 64, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
+    inputs = {"width": width, "height": 64, "batch_size": 1, "color": time.time_ns() % (1 << 24)}
     workflow = {
         "1": {"class_type": "EmptyImage", "inputs": inputs},
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": prefix}},
@@ -281,15 +281,16 @@ def service(running: Here) -> Here:
 def test_deploy_continues_without_its_client(service: Here) -> None:
     before = (service.prefix / "current").readlink()
     service.configure('[hosts.local.override.flags]\n"--preview-size" = { value = "300", why = "a test" }\n')
-    client = service.start("deploy", "--no-trial")
-    end = time.monotonic() + 60
-    while not (service.prefix / "state/pending.json").exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    submit(service.port, "long", 65)
+    client = service.start("deploy", "--no-trial", "--drain", "60")
+    assert client.stdout is not None
+    assert any("waiting for jobs" in line for line in client.stdout)
     client.kill()
     client.communicate()
     refused = service.inv("deploy")
     assert refused.returncode in (63, 64)
     assert "under way" in refused.stderr or "being changed" in refused.stderr
+    (service.prefix / "data/output/finish").touch()
     watched = service.inv("attach")
     assert watched.returncode == 0, watched.stderr
     assert "the second picture arrived" in watched.stderr
