@@ -65,7 +65,6 @@ def test_a_file_that_the_package_brings_is_kept(layout: Layout) -> None:
     other = layout.parts / "cached.pyc"
     other.write_bytes(b"uv's")
     place = layout.parts / f".{NEW}"
-    fill(place / "x", {})
     (place / "__pycache__").mkdir(parents=True)
     fill(place, SOURCES)
     (place / f"__pycache__/a.{TAG}").hardlink_to(other)
