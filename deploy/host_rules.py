@@ -140,7 +140,7 @@ def _check_words(place: str, host: Host) -> None:
 def _check_numbers(place: str, host: Host) -> None:
     """Ports, and the number of kept releases."""
     ports = range(1, 65536)
-    if host.port not in ports or host.ssh_port not in (None, *ports) or host.keep < 1:
+    if host.port not in ports or not (host.ssh_port is None or host.ssh_port in ports) or host.keep < 1:
         raise ConfigError("config", f"{place}: port and ssh_port must be from 1 to 65535, and keep at least 1")
     if not all(each in ports for each in host.connect):
         raise ConfigError("config", f"{place}: connect = {list(host.connect)}", hint="use ports from 1 to 65535")

@@ -9,14 +9,14 @@ import shutil
 from functools import cache
 from typing import TYPE_CHECKING
 
-from core import source
+from core import source, workspace
 from lock import interface
 from lock.application import application
 from lock.interface import Interface
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, Hearth
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
 RECORD = FIXTURES / "workflows/object-info-0.30.0.json.gz"
@@ -38,14 +38,27 @@ def real() -> Interface:
     return interface.reported(json.loads(gzip.decompress(RECORD.read_bytes())))
 
 
+def read_by(hearth: Hearth) -> None:
+    """Give a client the pinned ComfyUI and its node types, so that it need not fetch and read them."""
+    pinned()
+    (hearth.cache / "sources").mkdir()
+    (hearth.cache / "sources" / tree().name).symlink_to(tree())
+    (hearth.cache / "interfaces").symlink_to(workspace.current().cache / "interfaces")
+
+
 def older(place: Path) -> Path:
     """A tree like the pinned one, with the differences of OLDER."""
     return derived(place, OLDER)
 
 
-def derived(place: Path, edits: Mapping[str, Callable[[str], str] | None]) -> Path:
-    """A tree like the pinned one with edited files; without those whose edit is None."""
-    shutil.copytree(tree(), place, copy_function=os.symlink, dirs_exist_ok=True)
+LARGE = ("ldm", "text_encoders", "comfy_api_nodes")
+"""Folders that take most of the time to read; few tests need them."""
+
+
+def derived(place: Path, edits: Mapping[str, Callable[[str], str] | None], without: Collection[str] = ()) -> Path:
+    """A tree like the pinned one with edited files; without those whose edit is None, and without some folders."""
+    left_out = shutil.ignore_patterns(*without)
+    shutil.copytree(tree(), place, copy_function=os.symlink, dirs_exist_ok=True, ignore=left_out)
     for name, edit in edits.items():
         (place / name).unlink()
         if edit:

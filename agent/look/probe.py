@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.files import AgentError, read_text
 from agent.layout import DATA, Layout
-from agent.look.facts import STALE, check_folders_respond
+from agent.look.facts import PATIENT, check_folders_respond
 from agent.look.mps import mps
 from agent.look.status import glance
 from agent.parts import as_service, forked
@@ -32,7 +32,7 @@ LINES = 2000
 
 def probe(layout: Layout, ask: Questions) -> Probed:
     """Collect the data for the doctor's checks. Slow parts run in parallel child processes. Raises AgentError."""
-    check_folders_respond(layout, ask, STALE)
+    check_folders_respond(layout, ask, PATIENT)
     manager = manager_of(layout)
     access, log = forked(_access, layout, ask.roots), forked(_log, layout)
     kernel, containers, of_mps = forked(_kernel, layout), forked(_containers), forked(mps, layout)

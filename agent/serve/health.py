@@ -78,7 +78,7 @@ def drain(place: Endpoint, seconds: float, force: bool, note: Note) -> None:
         if found != shown:
             note(f"waiting for jobs: {found}")
             shown = found
-        time.sleep(0.5)
+        time.sleep(max(0.0, min(0.5, end - time.monotonic())))
 
 
 def gate(

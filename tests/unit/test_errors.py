@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -18,12 +20,22 @@ KINDS = {kind for each in CLASSES.values() for kind in each.kinds}
 PACKAGES = ("core", "kernels", "lock", "deploy", "ops", "gateway", "bench", "tests")
 
 
+@cache
+def nodes(package: str) -> list[tuple[Path, list[ast.AST]]]:
+    """The syntax of every file of a package."""
+    paths = sorted((files.CHECKOUT / package).rglob("*.py"))
+    return [(path, [*ast.walk(ast.parse(path.read_text()))]) for path in paths]
+
+
 def raised(package: str) -> list[tuple[str, str, ast.expr]]:
     """Where errors are made, their class and the argument that is the kind."""
     found = []
-    for path in sorted((files.CHECKOUT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and (name := ast.unparse(node.func).removeprefix("errors.")) in CLASSES:
+    for path, inside in nodes(package):
+        for node in inside:
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))  # X or errors.X
+            if name in CLASSES:
                 where = f"{path.relative_to(files.CHECKOUT)}:{node.lineno}"
                 assert len(node.args) == 2, f"{where}: an error takes a kind and what happened"
                 found.append((where, name, node.args[0]))
@@ -41,12 +53,12 @@ def test_errors_are_made_with_a_kind_of_their_class(package: str) -> None:
 
 
 def test_every_kind_is_used() -> None:
-    source = [each for package in PACKAGES[:-1] for each in (files.CHECKOUT / package).rglob("*.py")]
     literals = {
         node.value
-        for path in source
+        for package in PACKAGES[:-1]
+        for path, inside in nodes(package)
         if path != files.CHECKOUT / "core/errors.py"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in inside
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
     assert KINDS - literals == set()

@@ -22,7 +22,7 @@ from agent.schema.facts import Service
 from agent.serve import health
 from tests.servers import BUSY, IDLE, RUNNING, STATS, at, layout, listening
 
-SECONDS = 0.4
+SECONDS = 0.2
 """The time-out of each request in these tests, in place of the real 2 to 60 s."""
 
 Talk = Callable[[socket.socket], None]
@@ -142,6 +142,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (status, jobs, metrics):
         monkeypatch.setattr(module, "PATIENCE", SECONDS)
     monkeypatch.setattr(health, "WORKFLOW_SECONDS", SECONDS)
+    monkeypatch.setattr(memory, "UNCHANGED", SECONDS)
 
 
 class Unknown:

@@ -76,7 +76,7 @@ NODE_CLASS_MAPPINGS = {"Theirs": A}
 
 @pytest.fixture(scope="session")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return comfyui.derived(tmp_path_factory.mktemp("derived"), EDITS)
+    return comfyui.derived(tmp_path_factory.mktemp("derived"), EDITS, without=("ldm", "text_encoders"))
 
 
 @pytest.fixture(scope="session")

@@ -177,9 +177,7 @@ def test_files_that_comfyui_saved_have_no_workflow_afterwards(tmp_path: Path, na
 
 
 def test_the_watermark_uses_only_nodes_of_comfyui(hearth: Hearth) -> None:
-    comfyui.pinned()
-    (hearth.cache / "sources").mkdir()
-    (hearth.cache / "sources" / comfyui.tree().name).symlink_to(comfyui.tree())
+    comfyui.read_by(hearth)
     done = hearth.inv("workflows.check", "--file", "docs/how-to/watermark.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("1 of 1 workflow fits")

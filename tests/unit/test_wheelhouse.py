@@ -35,7 +35,7 @@ from tests.kills import killer
 
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 TARGETS = {"8.0": "80", "8.6": "86", "8.9": "89", "9.0": "90a", "10.0": "100a", "12.0": "120a"}
-LIBRARY = Path(str(find_spec("msgspec._core").origin))  # type: ignore[union-attr]  # any will do
+LIBRARY = Path(str(find_spec("PIL._imagingmorph").origin))  # type: ignore[union-attr]  # any small one will do
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 

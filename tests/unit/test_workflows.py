@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import tomlkit
 
-from core import tools, workspace
+from core import tools
 from lock import interface, workflows
 from lock.interface import Interface
 from lock.updates import node_updates
@@ -390,10 +390,7 @@ def test_large_files(tmp_path: Path) -> None:
 def host(tmp_path: Path, hearth: Hearth) -> Hearth:
     """A client that needs no network: everything that the workflows use is part of ComfyUI, which it has read."""
     saved(tmp_path, API)
-    comfyui.pinned()
-    (hearth.cache / "sources").mkdir()
-    (hearth.cache / "sources" / comfyui.tree().name).symlink_to(comfyui.tree())
-    (hearth.cache / "interfaces").symlink_to(workspace.current().cache / "interfaces")
+    comfyui.read_by(hearth)
     return hearth
 
 
@@ -418,8 +415,7 @@ def test_unreadable_file_does_not_stop_the_others(tmp_path: Path, host: Hearth) 
 
 
 def test_another_version_lists_only_what_it_changes(tmp_path: Path, host: Hearth) -> None:
-    (tmp_path / "older").mkdir()
-    other = comfyui.older(tmp_path / "older")
+    other = comfyui.derived(tmp_path / "older", comfyui.OLDER, without=comfyui.LARGE)
     workflow: dict[str, Any] = {**sampler(sampler_name="none"), "2": {"class_type": "LatentFlip", "inputs": {}}}
     (tmp_path / "gone.json").write_text(json.dumps(workflow))
     done = host.inv("workflows.check", "--file", str(tmp_path / "gone.json"), "--to", str(other), "--json")
