@@ -46,27 +46,25 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 """Containers often set it. Without bytecode, each of the processes that tests start compiles all that it imports."""
 
 
+def workers(number: int) -> tuple[str, ...]:
+    """So many files in parallel; on two cores more than two, since tests wait.
+
+    A file's tests share fixtures, such as a host. A crashed worker fails its test; xdist would start another, and hang.
+    """
+    return ("--numprocesses", str(number), "--max-worker-restart", "0", "--dist", "loadfile", "--no-loadscope-reorder")
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Every test that needs no GPU, five files in parallel: hosts boot, start and wait. The long ones run first.
 
     `-- --faults`: every fault of the crash matrix.
     """
-    five = ("--numprocesses", "5", "--dist", "loadfile", "--no-loadscope-reorder", "--durations", "60")
-    session.run("pytest", "-m", "not gpu", *five, *session.posargs, env=CACHED)
+    session.run("pytest", "-m", "not gpu", *workers(5), "--durations", "60", *session.posargs, env=CACHED)
 
 
 QUICK = "not process and not installer and not toolchain and not gpu and not host"
-PARALLEL = (
-    "--override-ini",
-    "testpaths=tests/unit",
-    "--numprocesses",
-    "4",
-    "--dist",
-    "loadfile",
-    "--no-loadscope-reorder",
-)
-"""Four files in parallel on two cores: they wait. A file's tests share fixtures, such as ComfyUI's parsed code."""
+PARALLEL = ("--override-ini", "testpaths=tests/unit", *workers(4))
 
 
 @nox.session

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import tomli
 
-from core import foreign
+from core import foreign, typed
 from core.errors import ConfigError, SourceError, suggest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def convert(path: Path, raw: dict[str, Any], kind: type[T]) -> T:
     Raises ConfigError with the file, the key's path and, for an unknown key or value, the known ones.
     """
     try:
-        return msgspec.convert(raw, kind)
+        return typed.convert(raw, kind)
     except msgspec.ValidationError as error:
         text = str(error)
         info, more = _at(kind, text)

@@ -13,6 +13,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from core import console, foreign
 from core.errors import SourceError
+from core.typed import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,7 +132,7 @@ def read(path: Path) -> Manifest | None:
 
 def decode(text: bytes) -> Manifest:
     """Read a manifest; raises msgspec.ValidationError or msgspec.DecodeError."""
-    return msgspec.json.decode(text, type=Manifest)
+    return from_json(text, Manifest)
 
 
 def encode(manifest: Manifest) -> str:

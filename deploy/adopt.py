@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema import change as schema
 from agent.schema.survey import Survey
 from core import console
 from core.console import counted
 from core.errors import HostError, UsageError
+from core.typed import convert
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, carry_out, change_each
@@ -71,7 +70,7 @@ def adopt(
 
 
 def _propose(agent: Agent, target: Target, facts: Facts, path: str, by: str) -> Proposal:
-    found = only(msgspec.convert(without_secrets(agent.call("survey", path=path)), Survey), target.name)
+    found = only(convert(without_secrets(agent.call("survey", path=path)), Survey), target.name)
     text = application.text(application.tree(application.application(target.host.comfyui)), "comfy/cli_args.py")
     return propose(target, facts, found, nodes.catalogue(), application.flags(text), by)
 

@@ -7,13 +7,12 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.change import CutOver, Restart
 from agent.schema.gateway import Aside
 from agent.schema.live import Job
 from core import console
 from core.errors import HearthError
+from core.typed import convert
 from deploy import connection
 from deploy import host as hosts
 from deploy.gateways import members
@@ -91,7 +90,7 @@ def _connected(name: str, host: str, options: Options) -> Iterator[Agent | None]
 
 def _set(there: Agent, name: str, state: str) -> bool:
     try:
-        return msgspec.convert(there.call("gateway-server", host=name, state=state, seconds=LEASE), Aside).done
+        return convert(there.call("gateway-server", host=name, state=state, seconds=LEASE), Aside).done
     except HearthError as error:
         console.say(f"the gateway did not set {name} to {state}: {error.what}; inv gateway status shows its state")
         return False
@@ -105,8 +104,6 @@ def _await_jobs(agent: Agent, seconds: float) -> None:
 
 def _has_jobs(agent: Agent) -> bool:
     try:
-        return any(
-            each.status in ("running", "pending") for each in msgspec.convert(agent.call("jobs", count=1), list[Job])
-        )
+        return any(each.status in ("running", "pending") for each in convert(agent.call("jobs", count=1), list[Job]))
     except HearthError:  # ComfyUI does not answer: there is nothing to wait for
         return False

@@ -27,6 +27,7 @@ from core.errors import BundleError
 from core.manifest import Sha256
 from core.signature import Signed
 from core.stack import Platform
+from core.typed import from_json
 from core.workspace import Workspace
 from deploy import archive, containers, proofs
 from deploy import release as releases
@@ -377,10 +378,10 @@ def _head(path: Path, file: IO[bytes], member: tarfile.TarInfo | None, name: str
 def _manifest(path: Path, text: bytes) -> Bundle:
     """Decode a manifest; raises BundleError for another format, or for names that would escape the folder."""
     try:
-        if (number := msgspec.json.decode(text, type=_Format).format) != FORMAT:
+        if (number := from_json(text, _Format).format) != FORMAT:
             hint = "use the version of Hearth that made it"
             raise BundleError("bundle", f"{path} has format {number}, this Hearth reads {FORMAT}", hint=hint)
-        bundle = msgspec.json.decode(text, type=Bundle)
+        bundle = from_json(text, Bundle)
     except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError("bundle", f"{path} has an invalid manifest", cause=str(error), hint=_ALTERED) from error
     for name in bundle.files:

@@ -12,13 +12,12 @@ from getpass import getuser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.change import Erase, packed
 from agent.schema.records import Event
 from agent.schema.records import Plan as Run
 from core import console, workspace
 from core.errors import ConnectError, GateError, HostError
+from core.typed import convert
 from deploy import agent_errors, connection
 from deploy.aside import aside
 from deploy.facts import Facts
@@ -181,7 +180,7 @@ def follow(agent: Agent, run: str) -> tuple[str, ...]:
     """Show a run's events until its end and return its notes; raises the run's error."""
     notes: list[str] = []
     for line in agent.stream("follow", run=run):
-        event = msgspec.convert(line, Event)
+        event = convert(line, Event)
         if event.event == "step":
             console.say(console.line(f"-> {event.title}"))
         elif event.event == "note":

@@ -20,8 +20,6 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from agent.schema.live import Received
 from core import shell
 from core.errors import (
@@ -33,6 +31,7 @@ from core.errors import (
     SourceError,
     UsageError,
 )
+from core.typed import convert
 from deploy import agent_errors, archive, passwords, ssh_errors
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Agent(ABC):
         size = path.stat().st_size
         values = {"sha256": digest, "size": size, "offset": offset}
         answers = list(self._run("receive", values, lambda: _blocks(path, offset, progress)))
-        if not answers or msgspec.convert(answers[-1], Received).size < size:
+        if not answers or convert(answers[-1], Received).size < size:
             raise self.lost(f"{path.name} was not transferred completely")
 
     def lost(self, cause: str) -> ConnectError:

@@ -10,6 +10,7 @@ import msgspec
 
 from agent.schema.gateway import GatewayState
 from core.errors import ConfigError, UsageError, suggest
+from core.typed import convert
 from deploy.host_rules import PLAIN_PATH, duration
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def upload_bytes(limits: Limits) -> int:
 def look(agent: Agent, gateway: Gateway) -> GatewayState:
     """What its host reports of a gateway."""
     asked = {"port": gateway.port, "names": gateway.names, "certificate": gateway.certificate}
-    return msgspec.convert(agent.call("gateway", **asked), GatewayState)
+    return convert(agent.call("gateway", **asked), GatewayState)
 
 
 def members(gateway: Gateway, known: Hosts) -> list[str]:

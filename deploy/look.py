@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.facts import Ended, Questions, WantedMount
 from core import console, workspace
 from core.arch import local_gpus
 from core.console import counted
 from core.errors import GroupError, HearthError
+from core.typed import convert
 from deploy import connection
 from deploy import host as hosts
 from deploy.facts import Facts
@@ -55,7 +54,7 @@ def look(agent: Agent, target: Target, packages: Sequence[str] = (), verified: f
     Parts that were verified within the last `verified` seconds are not verified again.
     """
     asked = replace(questions(target, packages), verified=verified)
-    return msgspec.convert(agent.call("facts", **vars(asked)), Facts)
+    return convert(agent.call("facts", **vars(asked)), Facts)
 
 
 def questions(target: Target, packages: Sequence[str] = ()) -> Questions:
@@ -94,7 +93,7 @@ def history(name: str, *, ask_sudo: bool = False) -> list[Ended]:
     """The results of all runs on a host, oldest first."""
     target = find_target(name)
     with connection.connect(target, ask_sudo) as agent:
-        return msgspec.convert(agent.call("history"), list[Ended])
+        return convert(agent.call("history"), list[Ended])
 
 
 def reach(names: Sequence[str], *, ask_sudo: bool = False) -> None:

@@ -14,6 +14,7 @@ from agent.schema.manifest import ReleaseManifest
 from core import console, files, source
 from core.errors import ConfigError, HearthError, SourceError
 from core.stack import find_stack
+from core.typed import convert
 from deploy import fleet
 from deploy import host as hosts
 from deploy.look import find_target, look
@@ -115,7 +116,7 @@ def _reason(error: BaseException) -> str:
 
 def _source(manifest: ReleaseManifest, inputs: Inputs) -> source.Pinned | None:
     """The source of a release's ComfyUI; None if an older Hearth did not record it."""
-    listed = msgspec.convert(manifest.sources, tuple[source.Source, ...])
+    listed = convert(manifest.sources, tuple[source.Source, ...])
     app, tree = inputs.application, manifest.tree
     if not (listed and tree):
         return None
@@ -167,7 +168,7 @@ def _tree(recipe: source.Pinned | None) -> Path | str:
 
 def running(agent: Agent, host: str, *, saved: bool) -> tuple[Interface, Workflows]:
     """The node types of a host's running ComfyUI and, with `saved`, the workflows that its users saved."""
-    answer = msgspec.convert(agent.call("node-types", workflows=saved), NodeTypes)
+    answer = convert(agent.call("node-types", workflows=saved), NodeTypes)
     found: Workflows = {}
     for name, content in sorted(answer.workflows.items()):
         label = f"{host}:{name}"

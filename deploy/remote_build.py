@@ -34,6 +34,7 @@ from core.errors import (
     UsageError,
 )
 from core.stack import Platform, find_stack
+from core.typed import from_json
 from deploy import connection
 from deploy.look import find_target
 from kernels.recipe import folders
@@ -235,7 +236,7 @@ def _answer(name: str, said: str, asked: Mapping[str, Any]) -> list[Manifest]:
     A malicious host can thus falsify only the contents of these wheels.
     """
     try:
-        found = msgspec.json.decode(said, type=list[manifest.Manifest])
+        found = from_json(said, list[manifest.Manifest])
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise HostError(
             "remote-command", f"the list of wheels from {name} cannot be read", cause=str(error)[:500]

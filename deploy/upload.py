@@ -9,13 +9,12 @@ import tarfile
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema import change as schema
 from core import console, files, lockfile, source, workspace
 from core.console import counted
 from core.errors import SourceError
 from core.stack import Platform
+from core.typed import convert
 from deploy import containers
 from lock import nodes, requirements
 
@@ -95,7 +94,7 @@ class Upload:
         there = sorted(name for name, error in self.facts.parts.items() if name in used and not error)
         held: dict[str, str] = {}
         found = self.agent.call("contents", parts=there) if there else {}
-        for part, listed in msgspec.convert(found, dict[str, dict[str, str]]).items():
+        for part, listed in convert(found, dict[str, dict[str, str]]).items():
             held |= {digest: f"{part}/{name}" for name, digest in listed.items()}
         reuse = {name: held[digest] for name, digest in wanted.items() if digest in held}
         archive = self.scratch / f"{tree.name}.tar.gz"

@@ -9,12 +9,11 @@ import time
 from statistics import median
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.live import Job
 from core import console
 from core.console import counted
 from core.errors import ConnectError, HostError
+from core.typed import convert
 from deploy import connection
 from deploy.look import look
 
@@ -46,7 +45,7 @@ RESTARTS = 2
 def finished(agent: Agent) -> list[Job] | None:
     """The users' jobs that ended by themselves; None if ComfyUI does not answer."""
     try:
-        found = msgspec.convert(agent.call("jobs", count=HISTORY), list[Job])
+        found = convert(agent.call("jobs", count=HISTORY), list[Job])
     except HostError:
         return None
     return [job for job in found if job.workflow and job.status in ("success", "error")]

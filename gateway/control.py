@@ -8,14 +8,13 @@ from getpass import getuser
 from socket import gethostname
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
-
 from agent.schema import change as schema
 from agent.schema.gateway import Certificate, Certified, Person, PersonChanged, Server
 from agent.schema.installed import InstalledGateway
 from agent.schema.requests import GatewaySecret
 from core import console
 from core.errors import UsageError, suggest
+from core.typed import convert
 from deploy import connection, refusals
 from deploy import host as hosts
 from deploy.change import Change, change_each
@@ -247,7 +246,7 @@ def _ask(gateway: Gateway, kind: type[T], action: str, *, ask_sudo: bool, **valu
     """Let a gateway's host change its people or certificate; return the answer."""
     asked = GatewaySecret(action, f"{getuser()}@{gethostname()}", **values)
     with connection.connect(find_target(gateway.host), ask_sudo) as agent:
-        return msgspec.convert(agent.call("gateway-secrets", **vars(asked)), kind)
+        return convert(agent.call("gateway-secrets", **vars(asked)), kind)
 
 
 def audit(name: str, lines: str, since: str, *, ask_sudo: bool) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import msgspec
 from core import arch, console, files, shell, tools, workspace
 from core import figure as drawing
 from core.errors import BuildError, UsageError
+from core.typed import from_json
 from kernels import inspection, matrix, store, toolchain
 from kernels.shapes import Shape
 
@@ -113,8 +114,8 @@ def read(path: Path) -> Bench:
 def parse(text: str) -> Bench:
     """Parse the lines of kernels/attention.py, without others that libraries print; raises msgspec.DecodeError."""
     lines = [line for line in text.splitlines() if line.startswith("{")]
-    machine = msgspec.json.decode(lines[0] if lines else "", type=Machine)
-    return Bench(machine=machine, measurements=tuple(msgspec.json.decode(line, type=Measurement) for line in lines[1:]))
+    machine = from_json(lines[0] if lines else "", Machine)
+    return Bench(machine=machine, measurements=tuple(from_json(line, Measurement) for line in lines[1:]))
 
 
 def measure(python: str, gpus: Sequence[arch.LocalGpu]) -> Bench:

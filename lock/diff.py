@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from agent.schema.manifest import ReleaseManifest
+from core.typed import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ def compare(old: ReleaseManifest, new: ReleaseManifest) -> Difference:
 
 def _nameless(manifest: ReleaseManifest) -> ReleaseManifest:
     """A manifest with its own id, which every path of a release contains, replaced by `@`."""
-    return msgspec.json.decode(msgspec.json.encode(manifest).replace(manifest.id.encode(), b"@"), type=ReleaseManifest)
+    return from_json(msgspec.json.encode(manifest).replace(manifest.id.encode(), b"@"), ReleaseManifest)
 
 
 def _kinds(manifest: ReleaseManifest) -> dict[str, Mapping[str, str] | None]:

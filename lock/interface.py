@@ -13,6 +13,7 @@ import msgspec
 from core import foreign
 from core.console import counted
 from core.errors import ConfigError, HostError
+from core.typed import convert
 from lock.evaluate import Code, LimitError
 from lock.readings import kept
 from lock.values import UNKNOWN, Class, Instance, Module
@@ -293,7 +294,7 @@ class _Reported(msgspec.Struct):
 def reported(object_info: Any) -> Interface:
     """The node types that a running ComfyUI reports at `/object_info`; raises HostError for anything else."""
     try:
-        listed = msgspec.convert(object_info, dict[str, _Reported])
+        listed = convert(object_info, dict[str, _Reported])
         types = {
             name: NodeType(
                 each.python_module,

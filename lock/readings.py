@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from core import files, workspace
+from core.typed import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ def kept(kind: type[T], read: Callable[..., T], *trees: Path) -> T:
     if not place.exists():
         with _uncollected():
             files.write(place, msgspec.json.encode(read(*trees)))
-    return msgspec.json.decode(place.read_bytes(), type=kind)
+    return from_json(place.read_bytes(), kind)
 
 
 def place_of(kind: type[msgspec.Struct], *trees: Path) -> Path | None:

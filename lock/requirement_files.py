@@ -19,6 +19,7 @@ import tomli
 
 from core import files, foreign
 from core.errors import ConfigError
+from core.typed import convert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,7 +176,7 @@ def _project(tree: Path, found: Listed) -> None:
     """Add the dependencies of a pyproject.toml, also those that setuptools or Hatch read from files."""
     try:
         table = tomli.loads(foreign.text(tree / "pyproject.toml", foreign.TABLE))
-        project = msgspec.convert(table.get("project", {}), _Project)
+        project = convert(table.get("project", {}), _Project)
     except FileNotFoundError:
         return
     except (ValueError, RecursionError) as error:  # also an integer of 5,000 digits

@@ -23,6 +23,7 @@ import msgspec
 
 from core import files, foreign, shell
 from core.errors import ProcessError
+from core.typed import convert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ def read(tree: Path) -> Reading:
     ):
         shell.run(argv, cwd=files.CHECKOUT, env={}, inherit=False, output=stdout, timeout=5 * LIMITS["RLIMIT_CPU"])
         stdout.seek(0)
-        return msgspec.convert(json.load(stdout), Reading)
+        return convert(json.load(stdout), Reading)
     return Reading({"all of it": [("cannot be read", "", str(tree))]}, set(), set(), failed=True)
 
 

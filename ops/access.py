@@ -17,6 +17,7 @@ from agent.schema.requests import DropIns
 from agent.schema.settings import Access, Node
 from core import console
 from core.errors import UsageError
+from core.typed import convert
 from deploy import fleet, refusals
 from deploy.change import Change, change_each
 from deploy.look import look as facts_of
@@ -102,7 +103,7 @@ def run(names: Sequence[str], options: Options, *, apply: bool, undo: bool, as_j
         state = settings.look(agent, {NAME: setting(target)})
         if undo:
             return give_back(target, facts, state, options)
-        return keep(target, facts, state, msgspec.convert(agent.call("access", users=users(target)), Access), options)
+        return keep(target, facts, state, convert(agent.call("access", users=users(target)), Access), options)
 
     action, state = ("undo gpu-access", "the GPU is unrestricted") if undo else (NAME, f"only {GROUP} can use the GPU")
     results = change_each(names, Change(action=action, plan=planner, state=state), options)
@@ -114,7 +115,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[A
 
     def one(agent: Agent, target: Target) -> Access:
         who = users(target) if target.host.scope == "system" else [facts_of(agent, target).login]
-        return msgspec.convert(agent.call("access", users=who), Access)
+        return convert(agent.call("access", users=who), Access)
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 

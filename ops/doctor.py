@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
-
 from agent.schema.live import Probed
 from core import files
 from core.console import counted
 from core.errors import HostError
+from core.typed import convert
 from deploy import fleet, gateways, plan
 from deploy import host as hosts
 from deploy.inputs import gather
@@ -63,7 +62,7 @@ def examine(host: str, group: str, *, ask_sudo: bool = False) -> tuple[list[str]
 def _one(agent: Agent, target: Target) -> list[Finding]:
     inputs = gather(target)
     answer = agent.call("probe", **vars(questions(target, inputs.packages)))
-    seen = msgspec.convert(answer, Probed)
+    seen = convert(answer, Probed)
     planned = plan.make(target, seen.facts, inputs, plan.Options())
     runs = gateways.run_by(target.name, hosts.hosts())
     gateway = (runs[0], gateways.look(agent, runs[1])) if runs else None

@@ -6,10 +6,9 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.live import CommandLine
 from core import console
+from core.typed import convert
 from deploy import fleet
 from deploy.release import OWN_FLAGS
 from deploy.survey import settings
@@ -57,7 +56,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[F
     """Read the flags of the active release on each host."""
 
     def one(agent: Agent, target: Target) -> Flags:
-        found = msgspec.convert(agent.call("flags"), CommandLine)
+        found = convert(agent.call("flags"), CommandLine)
         app = target.host.comfyui
         text = found.text or applications.text(applications.tree(applications.application(app)), "comfy/cli_args.py")
         return compare(target, found, text)

@@ -18,6 +18,7 @@ from core import console
 from core.console import counted
 from core.errors import ConnectError, HearthError, HostError, UsageError
 from core.flags import number
+from core.typed import convert
 from deploy import connection, fleet
 from deploy.look import find_target
 
@@ -53,7 +54,7 @@ def look(names: Sequence[str], *, ask_sudo: bool) -> list[fleet.Answer[Sample]]:
 
 def _samples(agent: Agent, every: float, seconds: float | None) -> Iterator[Sample]:
     for line in agent.stream("gpu", every=every, seconds=seconds):
-        yield msgspec.convert(line, Sample)
+        yield convert(line, Sample)
 
 
 # --- once -------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import msgspec
 from agent.schema.live import Job
 from core import console
 from core.flags import number
+from core.typed import convert
 from deploy import fleet
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def recent(names: Sequence[str], count: str, *, ask_sudo: bool) -> list[fleet.An
     most = int(number("number", count, 1, whole=True))
 
     def one(agent: Agent, _: Target) -> list[Job]:
-        return msgspec.convert(agent.call("jobs", count=most), list[Job])
+        return convert(agent.call("jobs", count=most), list[Job])
 
     return fleet.ask_each(names, one, ask_sudo=ask_sudo, seconds=30)
 

@@ -8,13 +8,12 @@ import threading
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.live import LogLine
 from agent.schema.requests import LogQuery
 from core import console
 from core.errors import HearthError, UsageError
 from core.flags import number
+from core.typed import convert
 from deploy import connection
 from deploy.look import find_target
 
@@ -48,7 +47,7 @@ def show(names: Sequence[str], asked: LogQuery, *, ask_sudo: bool, as_json: bool
     def one(name: str) -> None:
         try:
             with connection.connect(find_target(name), ask_sudo) as agent:
-                lines = (msgspec.convert(each, LogLine) for each in agent.stream("logs", **vars(asked)))
+                lines = (convert(each, LogLine) for each in agent.stream("logs", **vars(asked)))
                 _print(lines, name, alone=alone, as_json=as_json)
         except HearthError as error:
             if alone:

@@ -11,6 +11,7 @@ from agent.schema.live import Freed
 from core import console
 from core.errors import HearthError
 from core.flags import number
+from core.typed import convert
 from deploy import connection, fleet, refusals
 from deploy.change import Change, change_each
 from deploy.look import find_target
@@ -35,7 +36,7 @@ def free(names: Sequence[str], wait: str, *, ask_sudo: bool = False) -> list[fle
     def one(name: str) -> fleet.Answer[Freed]:
         try:
             with connection.connect(find_target(name), ask_sudo) as agent:
-                return fleet.Answer(name, msgspec.convert(agent.call("free-memory", wait=patience), Freed))
+                return fleet.Answer(name, convert(agent.call("free-memory", wait=patience), Freed))
         except HearthError as error:
             return fleet.Answer(name, None, error)
 

@@ -14,6 +14,7 @@ from core import files
 from core.console import counted
 from core.errors import UsageError
 from core.flags import number
+from core.typed import convert
 from deploy import container_refusals, fleet, refusals
 from deploy.change import Change, change_each
 from deploy.plan import Plan
@@ -173,7 +174,7 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
         return show(look(names, ask_sudo=options.ask_sudo), as_json=as_json)
 
     def planner(agent: Agent, target: Target, facts: Facts) -> Plan:
-        mps = msgspec.convert(agent.call("mps"), Mps)
+        mps = convert(agent.call("mps"), Mps)
         if action == "off":
             return turn_off(target, facts, mps, options)
         kept = limited if limited or action == "limit" else mps.limits
@@ -190,9 +191,7 @@ def run(action: str, names: Sequence[str], percent: str, memory: str, options: O
 
 def look(names: Sequence[str], *, ask_sudo: bool = False) -> list[fleet.Answer[Mps]]:
     """The MPS status of hosts."""
-    return fleet.ask_each(
-        names, lambda agent, _: msgspec.convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30
-    )
+    return fleet.ask_each(names, lambda agent, _: convert(agent.call("mps"), Mps), ask_sudo=ask_sudo, seconds=30)
 
 
 def show(answers: Sequence[fleet.Answer[Mps]], *, as_json: bool) -> int:

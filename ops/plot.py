@@ -15,6 +15,7 @@ from agent.schema.live import GpuState, Sample
 from core import console
 from core import figure as drawing
 from core.errors import UsageError
+from core.typed import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def read(path: Path) -> list[Recorded]:
     found: list[Recorded] = []
     for number, line in enumerate(whole, 1):
         try:
-            found.append(msgspec.json.decode(line, type=Recorded))
+            found.append(from_json(line, Recorded))
         except msgspec.DecodeError as error:  # includes a wrong type
             hint = "use a file of inv gpu --record, or delete the line"
             raise UsageError(

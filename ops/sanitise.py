@@ -14,6 +14,7 @@ from agent.schema.live import Sanitised
 from core import console
 from core.console import counted
 from core.errors import UsageError
+from core.typed import convert
 from deploy import connection
 from deploy.look import find_target
 
@@ -45,7 +46,7 @@ def on_host(host: str, paths: Sequence[str], *, write: bool, replace: bool, ask_
     """Sanitise files of a host's output folder; `paths` are relative to it, none are all."""
     with connection.connect(find_target(host), ask_sudo) as agent:
         for each in agent.stream("sanitise", paths=list(paths), write=write, replace=replace):
-            yield msgspec.convert(each, Sanitised)
+            yield convert(each, Sanitised)
 
 
 _STATES = {

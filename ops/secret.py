@@ -9,12 +9,11 @@ from getpass import getuser
 from socket import gethostname
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from agent.schema.live import Stored
 from agent.schema.requests import SecretChange
 from core import console, shell
 from core.errors import ConfigError, HearthError, UsageError
+from core.typed import convert
 from deploy import connection, passwords
 from deploy.look import find_target, look
 
@@ -43,7 +42,7 @@ def run(
         target = find_target(each)
         with connection.connect(target, ask_sudo) as agent:
             who = f"{getuser()}@{gethostname()}"
-            kept = msgspec.convert(agent.call("secret", **vars(SecretChange(name, value, who))), Stored).kept
+            kept = convert(agent.call("secret", **vars(SecretChange(name, value, who))), Stored).kept
         done[each] = {name: kept or "removed"}
         if kept == "plain" and target.host.scope == "system":
             console.say(f"{each}: its systemd cannot encrypt secrets; it is stored in a file that only root can read")

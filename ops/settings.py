@@ -9,6 +9,7 @@ import msgspec
 from agent.schema.change import Set, Unset
 from agent.schema.requests import SettingsQuery
 from agent.schema.settings import State
+from core.typed import convert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,7 @@ def settled(state: State, name: str) -> bool:
 
 def look(agent: Agent, wanted: Mapping[str, DropIns]) -> State:
     """The state of some settings on a host."""
-    return msgspec.convert(agent.call("settings", **msgspec.to_builtins(SettingsQuery({**wanted}))), State)
+    return convert(agent.call("settings", **msgspec.to_builtins(SettingsQuery({**wanted}))), State)
 
 
 def apply_step(

@@ -16,6 +16,7 @@ from agent.schema.live import Disk, Glance
 from core import console
 from core.console import counted
 from core.flags import number
+from core.typed import convert
 from deploy import fleet, plan
 from deploy.inputs import gather
 from deploy.look import questions
@@ -62,7 +63,7 @@ def look(names: Sequence[str], *, ask_sudo: bool = False, seconds: float = SECON
 def _one(agent: Agent, target: Target, known: dict[str, Inputs]) -> Status:
     key = f"{target.host.comfyui} {target.profile}"
     inputs = known.get(key) or known.setdefault(key, gather(target))
-    answer = msgspec.convert(agent.call("status", **vars(questions(target, inputs.packages))), Glance)
+    answer = convert(agent.call("status", **vars(questions(target, inputs.packages))), Glance)
     planned = plan.make(target, answer.facts, inputs, plan.Options())
     return judge(target, answer.facts, answer.live, planned)
 

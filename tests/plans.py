@@ -10,6 +10,7 @@ import msgspec
 from agent.schema.change import Step
 from agent.schema.facts import Busy, Paused
 from core.manifest import Manifest, Proof
+from core.typed import convert
 from deploy import plan, release
 from deploy.facts import Facts, Gpu, Place, Service
 from deploy.host import Host, Target
@@ -18,7 +19,7 @@ from deploy.profile import profiles
 from deploy.selection import choose
 from lock import application, requirements
 
-APP = msgspec.convert(
+APP = convert(
     {"name": "comfyui", "version": "1.2.3", "source": [{"folder": "src"}], "tree": "t" * 64, "folder": "/nowhere",
      "extra": [], "size": 10**9, "files": 1000},
     application.Application,

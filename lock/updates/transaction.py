@@ -21,6 +21,7 @@ import msgspec
 
 from core import console, files, workspace
 from core.errors import HearthError, RefusedError, UsageError
+from core.typed import from_json
 from lock import application, requirements
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def changing() -> Iterator[None]:
     with files.locked(_folder() / "lock", _waiting("another update is running")):
         if (pending := _folder() / "pending.json").exists():
             console.say("completing an interrupted update")
-            switch(msgspec.json.decode(pending.read_bytes(), type=Record))
+            switch(from_json(pending.read_bytes(), Record))
         yield
 
 
@@ -154,7 +155,7 @@ def undo() -> list[str]:
     with changing():
         if not (last := _folder() / "last.json").exists():
             raise UsageError("usage", "there is no update to undo", hint="only the last one can be undone, and once")
-        done = msgspec.json.decode(last.read_bytes(), type=Record)
+        done = from_json(last.read_bytes(), Record)
         switch(Record({path: Change(each.new, each.old) for path, each in done.changes.items()}, undoes=True))
         return [*done.changes]
 

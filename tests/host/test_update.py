@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from core import files
+from core.typed import convert
 from lock import interface
 from lock.application import application
 from lock.interface import Change, Interface
@@ -203,7 +203,7 @@ def test_an_update_is_previewed_proved_rolled_back_and_undone(user: Fleet) -> No
     ]
     assert (made["migrations"], made["restores"]) == ([MIGRATION], True)
     assert git(user.checkout, "diff", "--name-only", PROPOSED) == ""  # what was proposed
-    changes = msgspec.convert(made["types"]["ComfyUI"], list[Change])
+    changes = convert(made["types"]["ComfyUI"], list[Change])
 
     try:
         (plan,) = answer(user.deploy("--dry-run", "--json"), 2)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import adopt as adopting
@@ -25,6 +24,7 @@ from agent.layout import Layout
 from agent.look import survey
 from agent.schema.change import Adopt, Unadopt
 from agent.schema.survey import Installation, Survey
+from core.typed import convert
 from deploy import adopt, plan, proposal
 from deploy.facts import Gpu
 from deploy.proposal import Proposal, propose
@@ -58,7 +58,7 @@ def installation(**values: Any) -> Installation:
         "torch": "", "environment": "", "folders": {}, "paths": "", "nodes": [], "argv": [], "units": [],
         "processes": [], "holds_port": False,
     }  # fmt: skip
-    return msgspec.convert({**own, **values}, Installation)
+    return convert({**own, **values}, Installation)
 
 
 def found_node(name: str, **values: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from agent.schema.manifest import Gate, ReleaseManifest
 from agent.serve import systemd
 from core import workspace
 from core.stack import Platform
+from core.typed import convert
 from core.workspace import Workspace
 from deploy import bundle, containers, image_layout, plan
 from deploy.facts import Facts
@@ -157,7 +158,7 @@ def test_limits_of_processors() -> None:
     without = replace(READY, engine=replace(ENGINE, controllers=("memory", "pids")))
     assert reasons(boxed(without, target)) == ["no-limits"]
     with raises("config"):
-        check_host("here", msgspec.convert({"override": {"cpu_max": "4"}}, Host))
+        check_host("here", convert({"override": {"cpu_max": "4"}}, Host))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from agent.schema.manifest import ReleaseManifest
+from core.typed import convert
 from deploy.facts import named
 from lock import diff
 from lock.diff import Change, Difference, rows
@@ -27,7 +28,7 @@ _OLD = msgspec.to_builtins(manifest())
 
 
 def typed(found: dict[str, Any]) -> ReleaseManifest:
-    return msgspec.convert(found, ReleaseManifest)
+    return convert(found, ReleaseManifest)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.schema.facts import Busy, Ended
@@ -18,6 +17,7 @@ from agent.schema.installed import InstalledGateway
 from agent.schema.live import ComfyUI, Device, Disk, GpuState, Live, Mps, Probe, Torch
 from agent.schema.survey import Installation, Survey
 from core.errors import ConnectError, ToolError
+from core.typed import convert
 from deploy.facts import Facts
 from deploy.fleet import Answer
 from deploy.survey import only
@@ -93,9 +93,7 @@ def test_status_of_a_stopped_comfyui(live: Live, what: str) -> None:
 
 
 def test_intended_gpu_sharing_causes_no_warning() -> None:
-    gpu = msgspec.convert(
-        {**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, GpuState
-    )
+    gpu = convert({**sample("h200")["gpus"][0], "processes": [{**PROCESS, "bytes": None, "kind": "compute"}]}, GpuState)
     case = seen(live=replace(WELL, gpus=(gpu,)))
     assert found(case)["gpu-shared"].startswith("other processes use GPU 0: python3.12 main.py (pid 4242")
     shared = dataclasses.replace(case, target=spark(modes=("shared-gpu",)))
@@ -121,7 +119,7 @@ def test_failed_and_running_changes_are_reported() -> None:
 
 def test_the_tables_of_status_are_100_columns_wide_at_most() -> None:
     widest = "7" * 400
-    gpu = msgspec.convert({**sample("h200")["gpus"][0], "name": "NVIDIA RTX PRO 6000 Blackwell"}, GpuState)
+    gpu = convert({**sample("h200")["gpus"][0], "name": "NVIDIA RTX PRO 6000 Blackwell"}, GpuState)
     facts = replace(
         settled(),
         deployed={"at": "2026-01-01T00:00:00Z", "result": "reverted"},

@@ -27,6 +27,7 @@ from agent.schema.change import DropCaches
 from agent.schema.live import Freed, GpuMemory, Held, Sample
 from agent.serve import managers
 from core.errors import ConnectError, UsageError
+from core.typed import convert
 from deploy import fleet
 from deploy.facts import Gpu as GpuFact
 from deploy.flags import Fleet
@@ -55,7 +56,7 @@ def sample(machine: str, **changes: Any) -> dict[str, Any]:
 
 
 def shown(**of: dict[str, Any]) -> str:
-    return "\n".join(gpu.rows({name: msgspec.convert(each, Sample) for name, each in of.items()}))
+    return "\n".join(gpu.rows({name: convert(each, Sample) for name, each in of.items()}))
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------
@@ -141,14 +142,14 @@ def written(tmp_path: Path, samples: list[dict[str, Any]]) -> Path:
 
 
 def drawn(*jobs: str | None, **changes: Any) -> Figure:
-    return plot.figure([msgspec.convert(each, plot.Recorded) for each in recorded(*jobs, **changes)])
+    return plot.figure([convert(each, plot.Recorded) for each in recorded(*jobs, **changes)])
 
 
 def test_a_recording_is_plotted_with_its_jobs() -> None:
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    samples = [msgspec.convert(each, plot.Recorded) for each in recorded(None, "one", "one", "two", None, "one")]
+    samples = [convert(each, plot.Recorded) for each in recorded(None, "one", "one", "two", None, "one")]
     unknown = replace(samples[2].gpus[0], power=None)
     samples[2] = replace(samples[2], gpus=(unknown,))
     used, memory, power = plot.figure(samples).axes
@@ -163,7 +164,7 @@ def test_a_recording_is_plotted_with_its_jobs() -> None:
 
 
 def test_jobs_are_seen_to_begin_and_end() -> None:
-    seen = [msgspec.convert(each, plot.Recorded) for each in recorded("a", "a", None, "b")]
+    seen = [convert(each, plot.Recorded) for each in recorded("a", "a", None, "b")]
     assert plot.jobs(seen) == [(1000, 1002, "a"), (1003, 1003, "b")]
 
 
@@ -268,7 +269,7 @@ def layout(port: int) -> Layout:
 def test_idle_comfyui_frees_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_memory, "UNCHANGED", 0.1)
     with comfyui(None) as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0), Freed)
+        found = convert(agent_memory.free(place, 0), Freed)
     assert (found.freed, found.job) == (True, None)
     assert [json.loads(each) for each in asked] == [{"unload_models": True, "free_memory": True}]
     assert found.before.available > 0
@@ -283,7 +284,7 @@ def test_memory_is_freed_after_the_running_job(monkeypatch: pytest.MonkeyPatch) 
 
 def test_wait_for_a_job_is_limited() -> None:
     with comfyui("one") as (place, asked):
-        found = msgspec.convert(agent_memory.free(place, 0.1), Freed)
+        found = convert(agent_memory.free(place, 0.1), Freed)
     assert not found.freed
     assert len(asked) == 1
     said = "spark: job one is running; ComfyUI frees its memory when the job ends"

@@ -15,6 +15,7 @@ import pytest
 
 from agent.schema.manifest import ReleaseManifest
 from core import files
+from core.typed import from_json
 from deploy import release
 from deploy.selection import choose
 from kernels import matrix
@@ -46,7 +47,7 @@ def manifest(**more: nodes.Node) -> ReleaseManifest:
     assert not against
     found = release.manifest(selection, FRESH.prefix)
     # the host stores it as JSON, and a deploy compares it
-    assert msgspec.json.decode(msgspec.json.encode(found), type=ReleaseManifest) == found
+    assert from_json(msgspec.json.encode(found), ReleaseManifest) == found
     return found
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from agent.change import runs
@@ -16,6 +15,7 @@ from agent.schema.decode import decode
 from agent.schema.gateway import Login
 from agent.schema.installed import InstalledGateway
 from agent.schema.live import Freed, GpuMemory, Held
+from core.typed import convert
 from tests.plans import FRESH, made, spark
 
 FREED = Freed(True, None, Held((GpuMemory(0, 1, 2),), None, 3), Held((), 4, 5))
@@ -26,8 +26,8 @@ def plain(value: object) -> Any:
 
 
 def test_agent_and_client_read_the_same() -> None:
-    assert decode(Freed, plain(FREED)) == FREED == msgspec.convert(plain(FREED), Freed)
-    assert msgspec.convert(plain(FRESH), type(FRESH)) == FRESH
+    assert decode(Freed, plain(FREED)) == FREED == convert(plain(FREED), Freed)
+    assert convert(plain(FRESH), type(FRESH)) == FRESH
 
 
 def test_steps_round_trip_through_json() -> None:
