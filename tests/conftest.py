@@ -95,8 +95,12 @@ FIRST = (
     "kernels/test_build.py",
     "kernels/test_faults.py",
     "host/test_update.py",
+    "unit/test_workflows.py",
+    "unit/test_hostile.py",
+    "unit/test_wheelhouse.py",
+    "unit/test_preview.py",
 )
-"""Those with the longest tests. On a new machine, all hosts wait for the environment that the first one makes."""
+"""Those that take longest. On a new machine, all hosts wait for the environment that the first one makes."""
 
 
 @pytest.hookimpl(trylast=True)
