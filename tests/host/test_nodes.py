@@ -104,7 +104,10 @@ class Garden:
 
     def deploy(self, *wanted: str, trial: bool = False) -> subprocess.CompletedProcess[str]:
         self.fleet.configure(f"[hosts.spark.override]\nnodes = {json.dumps(wanted)}\n")
-        return self.fleet.deploy(*([] if trial else ["--no-trial"]), HEARTH_APP=str(self.folder))
+        return self.inv("deploy", *([] if trial else ["--no-trial"]))
+
+    def inv(self, task: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return self.fleet.inv(task, "--host", "spark", *words, HEARTH_APP=str(self.folder))
 
 
 @pytest.fixture
@@ -131,7 +134,7 @@ def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: py
     assert "no" in fleet.machine.run(f"runuser -u comfyui -- touch {place}/new 2>/dev/null || echo no")
     facts = fleet.facts()
     assert facts["failed_nodes"] == {"bad": "No module named 'nothing_like_this'"}
-    told = json.loads(fleet.inv("doctor", "--host", "spark", "--json").stdout)
+    told = json.loads(garden.inv("doctor", "--json").stdout)
     assert [each["check"] for each in told].count("nodes") == 1, told
     (node,) = [each for each in told if each["check"] == "nodes"]
     assert node["what"] == "node bad cannot be imported: No module named 'nothing_like_this'"
