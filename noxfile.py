@@ -47,9 +47,9 @@ CACHED = {"PYTHONDONTWRITEBYTECODE": None}
 
 
 def workers(number: int) -> tuple[str, ...]:
-    """So many files in parallel; on two cores more than two, since tests wait.
+    """Pytest's arguments to run this many files in parallel: more than there are cores, since tests wait.
 
-    A file's tests share fixtures, such as a host. A crashed worker fails its test; xdist would start another, and hang.
+    A file's tests share fixtures, such as a host. A crashed worker ends the run; xdist hangs if it replaces one.
     """
     return ("--numprocesses", str(number), "--max-worker-restart", "0", "--dist", "loadfile", "--no-loadscope-reorder")
 

@@ -1,7 +1,7 @@
-"""Values of declared types from plain ones: msgspec's conversions, one at a time.
+"""Converts plain values and JSON to declared types, with msgspec, in one thread at a time.
 
-A type that two threads use for the first time at once crashes the process: msgspec 0.22 lets another thread run while
-it prepares the type. Conversions hold the GIL anyway, so the lock costs nothing.
+msgspec 0.22 is not thread-safe when a type is used for the first time: the process crashes if two threads do so at
+once. A conversion holds the GIL most of the time anyway, so the lock costs little.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _turn = threading.RLock()
 
 
 def convert(value: object, kind: type[T]) -> T:
-    """A value of this type, such as a struct of a dictionary. Raises msgspec.ValidationError."""
+    """Convert a plain value, such as a dictionary, to this type. Raises msgspec.ValidationError."""
     with _turn:
         return msgspec.convert(value, kind)
 
 
 def from_json(text: bytes | str, kind: type[T]) -> T:
-    """The value of this type that JSON contains. Raises msgspec.DecodeError, or ValidationError, one of its kinds."""
+    """Decode JSON to this type. Raises msgspec.DecodeError for invalid JSON, and its subclass ValidationError."""
     with _turn:
         return msgspec.json.decode(text, type=kind)

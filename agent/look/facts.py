@@ -159,8 +159,8 @@ def _service(layout: Layout, ask: Questions) -> Json:
 
 
 STALE, PATIENT = 2.0, 15.0
-"""Seconds after which an unresponsive folder counts as dead: for status queries, and for the doctor and before a
-change. A local disk takes milliseconds, on a busy machine seconds; a disk that spins up or an automount up to ten."""
+"""Seconds after which an unresponsive folder counts as dead: for status queries; for the doctor and before a change. A
+local disk takes milliseconds; a disk that spins up or an automount takes up to ten seconds."""
 
 
 def check_folders_respond(layout: Layout, ask: Questions, seconds: float) -> None:

@@ -135,8 +135,7 @@ def test_nodes_are_read_only_with_writable_paths(garden: Garden, monkeypatch: py
     facts = fleet.facts()
     assert facts["failed_nodes"] == {"bad": "No module named 'nothing_like_this'"}
     told = json.loads(garden.inv("doctor", "--json").stdout)
-    assert [each["check"] for each in told].count("nodes") == 1, told
-    (node,) = [each for each in told if each["check"] == "nodes"]
+    (node,) = [each for each in told if each["check"] == "nodes"] or [{"what": told}]
     assert node["what"] == "node bad cannot be imported: No module named 'nothing_like_this'"
     assert node["remedy"].startswith("inv nodes.update --name bad")
 

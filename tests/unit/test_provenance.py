@@ -90,7 +90,7 @@ class Components:
             stream: av.VideoStream = file.add_stream("h264", rate=8)
             _, stream.height, stream.width, _ = self.frames.shape
             stream.pix_fmt = "yuv420p"
-            stream.codec_context.thread_count = 1  # several need not encode alike twice
+            stream.codec_context.thread_count = 1  # with several, two encodings can differ
             for each in self.frames:
                 file.mux(stream.encode(av.VideoFrame.from_ndarray(each, "rgb24")))
             file.mux(stream.encode())
