@@ -261,5 +261,9 @@ def unanswered(place: Endpoint, error: Exception) -> AgentError:
 
 
 def unload(place: Endpoint) -> None:
-    """Ask ComfyUI to unload its models and clear cached results when no job is running. Raises like `ask`."""
-    ask(place, "/free", {"unload_models": True, "free_memory": True})
+    """Ask ComfyUI to unload its models and clear cached results when no job is running. Raises like `ask`.
+
+    `free_memory` implies `unload_models` (main.py, prompt_worker). Given both, ComfyUI wakes its worker by the first:
+    on a busy machine it misses the second, and keeps cached results until the next job.
+    """
+    ask(place, "/free", {"free_memory": True})

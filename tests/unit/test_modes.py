@@ -384,7 +384,7 @@ def answering(queue: dict[str, Any]) -> Iterator[tuple[Layout, list[Any]]]:
 def test_idle_comfyui_frees_its_memory(queue: dict[str, Any], said: str, freed: bool) -> None:
     with answering(queue) as (layout, asked):
         assert said in health.free_if_idle(layout)
-    assert asked == ([("/free", {"unload_models": True, "free_memory": True})] if freed else [])
+    assert asked == ([("/free", {"free_memory": True})] if freed else [])
     assert "does not answer" in health.free_if_idle(layout)
 
 
