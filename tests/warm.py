@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -120,7 +121,19 @@ def _main() -> None:
     program = importlib.import_module("invoke.main").program
     gc.freeze()
     sys.argv = ["inv", *_serve(socket.socket(fileno=int(sys.argv[1])))]
-    program.run(sys.argv)
+    code = 0
+    try:
+        program.run(sys.argv)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        code = end.code or 0
+    # As multiprocessing ends its children. To clear all modules would write to, and so copy, all memory.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -217,6 +217,7 @@ MISLEADING = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("text", MISLEADING.values(), ids=MISLEADING)
 def test_uv_configuration_does_not_change_an_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
@@ -247,6 +248,7 @@ def test_the_callers_variables_do_not_change_an_environment(tmp_path: Path, monk
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.process
 def test_untrusted_index_certificate_has_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-days", "1"]
     words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"]
@@ -369,6 +371,7 @@ def test_prefix_state_has_deployed_settings_and_unit_target(tmp_path: Path, monk
     assert prefix.prefix_state(Layout({**vars(layout.site), "prefix": str(tmp_path / "way")})).elsewhere == ""
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("boot", "repair", "kept"), [("another boot", False, False), ("", False, True), ("", True, False)]
 )

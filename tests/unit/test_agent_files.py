@@ -382,6 +382,7 @@ def test_locks_of_older_versions_are_respected(shared_place: Path) -> None:
         assert mode(path) == 0o600
 
 
+@pytest.mark.process
 def test_locks_are_renewed_by_one_at_a_time(shared_place: Path) -> None:
     path, count = shared_place / "lock", shared_place / "count"
     path.touch(0o644)

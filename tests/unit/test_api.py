@@ -56,6 +56,7 @@ def test_responding_address_is_used(address: str) -> None:
         assert api.accepts_connections(at(port, "127.0.0.1", "::1"))
 
 
+@pytest.mark.process
 def test_tls_endpoint_uses_https(tmp_path: Path) -> None:
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark.example", "-days", "2"]
     words += ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]

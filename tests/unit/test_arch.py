@@ -84,6 +84,7 @@ def machine(*gpus: LocalGpu) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("gpus", "env", "seen"),
     [

@@ -180,6 +180,7 @@ STEALER = (
 )
 
 
+@pytest.mark.process
 def test_audit_covers_all_locks(osv: Osv, tmp_path: Path) -> None:
     osv.packages = set(audit.locked().packages)
     assert {"torch", "cyclonedx-python-lib", "nvidia-cuda-nvcc"} <= {name for name, _ in osv.packages}
@@ -201,6 +202,7 @@ def test_audit_covers_all_locks(osv: Osv, tmp_path: Path) -> None:
     assert json.loads(bad.stdout)["error"] == ""
 
 
+@pytest.mark.process
 def test_a_service_that_is_gone_has_its_own_exit_code(tmp_path: Path) -> None:
     own = Own(tmp_path)
     own.list_nodes(STEALER)

@@ -48,6 +48,7 @@ def taken(layout: Layout, name: str = NEW) -> tuple[Path, dict[str, bytes]]:
     return place, {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*.pyc")}
 
 
+@pytest.mark.process
 def test_unchanged_sources_are_not_compiled_again(layout: Layout) -> None:
     place, found = taken(layout)
     assert {*found} == {f"__pycache__/a.{TAG}", f"in/__pycache__/b.c.{TAG}"}

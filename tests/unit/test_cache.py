@@ -58,6 +58,7 @@ def test_directories_have_sizes_and_contents(filled: Filled) -> None:
     assert f"15.0 kB in {filled.place}" in table
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "left"),
     [
@@ -105,6 +106,7 @@ def test_a_shared_directory_is_kept(filled: Filled, tmp_path: Path) -> None:
     assert (tmp_path / "other/file").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("hold", ["building", "reading"])
 def test_clear_waits_for_builds_and_deploys(filled: Filled, hold: str) -> None:
     before = filled.names() | {"read.lock"}

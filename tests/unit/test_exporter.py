@@ -446,6 +446,7 @@ def running(place: Path, port: int) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.process
 @pytest.mark.needs("promtool")
 def test_packed_exporter_runs_and_passes_promtool(stand: Stand, tmp_path: Path) -> None:
     with running(tmp_path, stand.server.server_port) as address, urllib.request.urlopen(address, timeout=5) as answer:
@@ -456,6 +457,7 @@ def test_packed_exporter_runs_and_passes_promtool(stand: Stand, tmp_path: Path) 
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.process
 @pytest.mark.needs("promtool")
 def test_alert_rules_fire_as_documented() -> None:
     for words in (

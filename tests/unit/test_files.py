@@ -83,6 +83,7 @@ def test_drafts_live_as_long_as_their_process(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+@pytest.mark.process
 def test_concurrent_processes_keep_each_others_drafts(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from core import files\n"

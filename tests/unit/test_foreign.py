@@ -21,6 +21,7 @@ DEEP = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", DEEP)
 def test_unparsable_python_counts_as_empty(tmp_path: Path, name: str) -> None:
     (tmp_path / "__init__.py").write_text(DEEP[name])

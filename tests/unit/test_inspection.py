@@ -61,6 +61,7 @@ def test_a_module_of_host_code_has_no_machine_code(cuobjdump: Path) -> None:
     assert inspection.device_code(Path("m.so")) == ([], ())
 
 
+@pytest.mark.process
 @pytest.mark.needs("g++")
 @pytest.mark.parametrize(
     ("arch", "sass", "ptx", "kernels", "faults"),
@@ -133,6 +134,7 @@ MODULES = {
 }  # fmt: skip
 
 
+@pytest.mark.process
 @pytest.mark.needs(*CXX.values())
 @pytest.mark.parametrize("platform", CXX, ids=CXX.values())
 @pytest.mark.parametrize(("source", "expected"), MODULES.values(), ids=MODULES)
@@ -153,6 +155,7 @@ def test_a_symbol_version_of_no_policy_has_no_manylinux_tag() -> None:
     assert inspection.platform_tag([older], Platform.LINUX_X86_64) == "manylinux_2_17_x86_64"
 
 
+@pytest.mark.process
 @pytest.mark.needs(*CXX.values())
 @pytest.mark.parametrize("platform", CXX, ids=CXX.values())
 def test_shared_pointers_need_no_newer_c_library(tmp_path: Path, platform: Platform) -> None:
@@ -184,6 +187,7 @@ def link(cxx: str, module: Path, source: str, *words: str | Path) -> Elf:
     return Elf(module)
 
 
+@pytest.mark.process
 @pytest.mark.needs(*CXX.values())
 @pytest.mark.parametrize("platform", CXX, ids=CXX.values())
 def test_numbers_are_read_without_a_newer_c_library(tmp_path: Path, platform: Platform) -> None:
@@ -197,6 +201,7 @@ def test_numbers_are_read_without_a_newer_c_library(tmp_path: Path, platform: Pl
         assert (module.number(b"7f"), module.scan(b" 42 "), module.large(b"9")) == (127, 42, 9)
 
 
+@pytest.mark.process
 @pytest.mark.needs(*CXX.values())
 @pytest.mark.parametrize("platform", CXX, ids=CXX.values())
 def test_a_large_allocation_needs_no_newer_cxx_library(tmp_path: Path, platform: Platform) -> None:

@@ -62,6 +62,7 @@ def test_what_a_recipe_does_not_support_is_skipped_with_its_reason(hearth: Heart
     assert reason == "Hearth has no build of tiny 0.1 for 8.0 (A100, A30): tiny was never tried on it"
 
 
+@pytest.mark.process
 def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEARTH_RECIPES", str(FIXTURES / "recipes"))
     parts = matrix.split(Request(arch="8.0;8.9", python="3.11,3.12", profile="full"))
@@ -81,6 +82,7 @@ def test_several_machines_get_a_part_for_each_recipe_and_arch(monkeypatch: pytes
         matrix.split(Request(arch="8.9", kernel="flash-attn", profile="ful"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("words", "kind", "says"),
     [
@@ -260,6 +262,7 @@ def test_the_key_has_the_libraries_that_write_a_wheel() -> None:
     assert build.inputs["writers"] == [f"{name.replace('-', '_')}-{version(name)}" for name in names]
 
 
+@pytest.mark.process
 def test_key_covers_every_build_input(hearth: Hearth) -> None:
     first = key(hearth)
     assert key(hearth, "--profile", "small") != first
@@ -304,6 +307,7 @@ def test_a_missing_compiler_is_named_with_its_package(hearth: Hearth) -> None:
     assert "apt-get install g++-aarch64-linux-gnu" in done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("tools", [["uv", "git"], []], ids=["no compiler", "not even uv"])
 def test_a_dry_run_lists_what_is_missing_and_installs_nothing(hearth: Hearth, tools: list[str]) -> None:
     (hearth.cache / "installed").unlink()

@@ -600,6 +600,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("scope", ["system", "user"])
 def test_service_cannot_write_code(tmp_path: Path, scope: str) -> None:
     """In the working directory, which Python searches first for -c and -m, or in Python's folders in a home."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from core import files
 
 MACOS = """
@@ -32,6 +34,7 @@ print("imported")
 """
 
 
+@pytest.mark.process
 def test_every_tasks_module_is_imported_on_macos() -> None:
     words = [sys.executable, "-c", MACOS]
     done = subprocess.run(words, cwd=files.CHECKOUT, capture_output=True, text=True, check=False)

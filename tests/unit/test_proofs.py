@@ -144,6 +144,7 @@ def encoded(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+@pytest.mark.process
 def test_a_workflow_passes_its_checks(comfyui: ComfyUI) -> None:
     comfyui.pictures["clip.mp4"] = b"not read"
     like = encoded(picture(12, 202))

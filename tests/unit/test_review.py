@@ -136,6 +136,7 @@ def test_unread_files_are_reported_when_changed(tmp_path: Path) -> None:
     assert review.gained(before, after) == review.gained(review.Reading({}, set(), set()), before)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -151,6 +152,7 @@ def test_an_update_is_compared_by_name(tmp_path: Path, old: str, new: str, told:
     assert review.gained(before, after) == ((told,) if told else ())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("does", "fails"),
     [

@@ -61,6 +61,7 @@ def test_a_folder_is_cleaned_without_following_links(outputs: Path) -> None:
     assert SECRET in (outputs / "../secret.png").read_bytes()
 
 
+@pytest.mark.process
 def test_the_agent_cleans_the_outputs_without_following_links(outputs: Path, tmp_path: Path) -> None:
     def states(paths: list[str], **how: bool) -> dict[str, str]:
         return {each.path: each.state for each in sanitise_outputs(layout(tmp_path), paths, **how)}
@@ -100,6 +101,7 @@ def test_nothing_is_cleaned_without_outputs_or_their_file_system(tmp_path: Path)
     assert caught.value.report["kind"] == "storage"
 
 
+@pytest.mark.process
 def test_many_files_are_cleaned_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data/output").mkdir(parents=True)
     for number in range(25):
@@ -152,6 +154,7 @@ def test_the_task_takes_several_paths_and_applies_only_if_asked(hearth: Hearth, 
     assert (outputs / "a.png").read_bytes() == raw
 
 
+@pytest.mark.process
 def test_the_task_cleans_the_outputs_of_a_host(hearth: Hearth, outputs: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts.toml").write_text(f'[hosts.local]\nprefix = "{tmp_path}"\n')
     hearth.env["HEARTH_HOSTS"] = str(tmp_path / "hosts.toml")

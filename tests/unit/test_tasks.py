@@ -101,6 +101,7 @@ def test_a_number_of_a_flag_is_in_its_bounds() -> None:
             number("wait", text, least, most, whole=whole)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("folder", [".", "docs"])
 def test_inv_finds_the_checkouts_packages_from_every_folder(folder: str) -> None:
     program = Path(sys.executable).with_name("inv")
@@ -109,6 +110,7 @@ def test_inv_finds_the_checkouts_packages_from_every_folder(folder: str) -> None
     assert (done.returncode, kind_of(done.stderr)) == (15, "unknown-name"), done.stderr
 
 
+@pytest.mark.process
 def test_the_checkout_that_a_host_is_sent_has_all_that_a_build_needs(hearth: Hearth, tmp_path: Path) -> None:
     subprocess.run(["tar", "-xz", "-C", str(tmp_path)], input=remote_build._pack(), check=True)
     words = hearth.command("build-kernels", "--arch", "8.9", "--python", "3.11", "--dry-run")

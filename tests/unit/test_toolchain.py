@@ -213,6 +213,7 @@ def test_wheels_are_unpacked_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
         assert (folder / "a.so").read_bytes() == b"x"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["HEARTH_WHEELHOUSE", "HEARTH_CACHE"])
 @pytest.mark.parametrize("place", ["/proc/nowhere", "{file}", "{file}/folder"])
 @pytest.mark.needs("g++")

@@ -172,6 +172,7 @@ LINKS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("name", "target"), LINKS.values(), ids=LINKS)
 @pytest.mark.parametrize("limits", [{}, {"without": ("docs",)}], ids=["whole", "limited"])
 def test_a_repository_with_a_link_is_refused_by_name(

@@ -20,7 +20,7 @@ import pytest
 import tomlkit
 
 from core import tools
-from lock import interface, workflows
+from lock import embedded, interface, workflows
 from lock.interface import Interface
 from lock.updates import node_updates
 from lock.workflows import Finding, Node
@@ -101,7 +101,7 @@ def test_compressed_texts_of_a_png(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + b"\0\0\0\0"
 
-    packed, bomb = zlib.compress(json.dumps(EDITOR).encode()), zlib.compress(bytes(200_000_000))
+    packed, bomb = zlib.compress(json.dumps(EDITOR).encode()), zlib.compress(bytes(embedded.TEXT + 1))
     for text in (chunk(b"zTXt", b"workflow\0\0" + packed), chunk(b"iTXt", b"workflow\0\1\0de\0Ablauf\0" + packed)):
         (tmp_path / "a.png").write_bytes(PNG[:33] + chunk(b"zTXt", b"broken\0\0x") + text + PNG[33:])
         assert workflows.read(tmp_path / "a.png") == [read(tmp_path, EDITOR)]
@@ -394,6 +394,7 @@ def host(tmp_path: Path, hearth: Hearth) -> Hearth:
     return hearth
 
 
+@pytest.mark.process
 def test_unreadable_file_does_not_stop_the_others(tmp_path: Path, host: Hearth) -> None:
     (tmp_path / "bad.json").write_text("{")
     gone = tmp_path / "gone.json"
@@ -414,6 +415,7 @@ def test_unreadable_file_does_not_stop_the_others(tmp_path: Path, host: Hearth) 
     assert done.stdout.endswith("1 of 2 workflows fit ComfyUI 0.30.0\n")
 
 
+@pytest.mark.process
 def test_another_version_lists_only_what_it_changes(tmp_path: Path, host: Hearth) -> None:
     other = comfyui.derived(tmp_path / "older", comfyui.OLDER, without=comfyui.LARGE)
     workflow: dict[str, Any] = {**sampler(sampler_name="none"), "2": {"class_type": "LatentFlip", "inputs": {}}}
@@ -431,6 +433,7 @@ def test_another_version_lists_only_what_it_changes(tmp_path: Path, host: Hearth
     assert "KSampler.denoise input-removed: FLOAT\n" in compared.stdout
 
 
+@pytest.mark.process
 def test_host_lists_its_types_and_the_workflows_saved_on_it(tmp_path: Path, host: Hearth) -> None:
     """Through the real agent, from what a running ComfyUI answers."""
     answers = {
