@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from agent.schema import change as schema
+from agent.schema.records import OldUnit
 from agent.schema.survey import Survey
 from core import console
 from core.console import counted
@@ -95,7 +96,7 @@ def take_over(target: Target, facts: Facts, proposal: Proposal, options: Options
             f"stop {', '.join(units)} and set the unit files aside",
             f"it runs {found.path}, or has the name of Hearth's unit",
         )
-        old = tuple(schema.OldUnit(each.name, each.path, each.active, each.enabled) for each in units.values())
+        old = tuple(OldUnit(each.name, each.path, each.active, each.enabled) for each in units.values())
         retire = schema.Retire(title, why, _UNDO, options.drain, options.force, old, found.path, port(found))
         steps.append(retire)
     if proposal.moves and not facts.user:

@@ -163,7 +163,6 @@ def remove(name: str, options: Options) -> list[Outcome]:
     return change_each([gateway.host], Change(action="remove gateway", plan=planner, state=state), options)
 
 
-@dataclass(frozen=True)
 class Member(Person):
     """A person of a gateway, and what that person has to log in with."""
 

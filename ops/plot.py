@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import nan
 from pathlib import Path
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recorded(Sample):
     """A line of a recording."""
 
-    host: str
+    host: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)

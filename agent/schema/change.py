@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import Any, ClassVar
 
 from agent.schema.decode import decode
 from agent.schema.installed import InstalledExporter, InstalledGateway
 from agent.schema.manifest import ReleaseManifest
+from agent.schema.record import Record
+from agent.schema.records import OldUnit
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Record):
     """One change of a host. An interrupted step is repeated from its beginning."""
 
     kind: ClassVar[str] = ""
@@ -20,21 +21,18 @@ class Step:
     undo: str  # how to undo it
 
 
-@dataclass(frozen=True)
 class Account(Step):
     """Create the system users that units run as, and the members' group."""
 
     kind = "account"
 
 
-@dataclass(frozen=True)
 class Linger(Step):
     """Enable lingering: the user's systemd runs without a session."""
 
     kind = "linger"
 
 
-@dataclass(frozen=True)
 class Members(Step):
     """Set the members' group to exactly these users."""
 
@@ -42,7 +40,6 @@ class Members(Step):
     members: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class Rights(Step):
     """Write the sudoers file for members."""
 
@@ -50,7 +47,6 @@ class Rights(Step):
     text: str  # empty: delete it
 
 
-@dataclass(frozen=True)
 class Mount(Step):
     """Mount a file system with a mount unit."""
 
@@ -60,14 +56,12 @@ class Mount(Step):
     text: str  # text of the unit
 
 
-@dataclass(frozen=True)
 class Folders(Step):
     """Create the folders of the prefix and of the data, with owners and modes."""
 
     kind = "folders"
 
 
-@dataclass(frozen=True)
 class Tool(Step):
     """Install the pinned uv for the agent's use."""
 
@@ -76,7 +70,6 @@ class Tool(Step):
     blob: str = ""  # SHA-256 of the program
 
 
-@dataclass(frozen=True)
 class Tree(Step):
     """Create a part from a tree of files."""
 
@@ -89,7 +82,6 @@ class Tree(Step):
     reuse: dict[str, str] = field(default_factory=dict)  # files on the host: name -> path below parts/
 
 
-@dataclass(frozen=True)
 class Base(Step):
     """Create the part with the root file system of containers."""
 
@@ -99,14 +91,12 @@ class Base(Step):
     blobs: tuple[str, ...] = ()  # SHA-256 of archives, unpacked in this order; set when packed
 
 
-@dataclass(frozen=True)
 class App(Tree):
     """Create ComfyUI's part."""
 
     kind = "app"
 
 
-@dataclass(frozen=True)
 class Exporter(Step):
     """Install the metrics exporter, replace it, or remove it."""
 
@@ -114,7 +104,6 @@ class Exporter(Step):
     exporter: InstalledExporter  # without a unit: remove it
 
 
-@dataclass(frozen=True)
 class Gateway(Step):
     """Put a gateway in service, replace it, or remove it."""
 
@@ -126,7 +115,6 @@ class Gateway(Step):
     certificate: str = ""  # a file with another certificate and its key; empty: its own
 
 
-@dataclass(frozen=True)
 class Node(Tree):
     """Create the part of a custom node."""
 
@@ -139,15 +127,13 @@ class Node(Tree):
     unit: str = ""  # the service's unit, whose sandbox install.py gets
 
 
-@dataclass(frozen=True)
-class WheelFile:
+class WheelFile(Record):
     """An uploaded wheel."""
 
     file: str
     sha256: str
 
 
-@dataclass(frozen=True)
 class Env(Step):
     """Create the virtual environment's part."""
 
@@ -165,7 +151,6 @@ class Env(Step):
     inside: str = ""  # path of the base interpreter in a container; empty: no container
 
 
-@dataclass(frozen=True)
 class Release(Step):
     """Write a release."""
 
@@ -173,7 +158,6 @@ class Release(Step):
     release: ReleaseManifest
 
 
-@dataclass(frozen=True)
 class Ending(Step):
     """A step that may stop ComfyUI."""
 
@@ -181,8 +165,7 @@ class Ending(Step):
     force: bool  # do not wait for jobs, interrupt them
 
 
-@dataclass(frozen=True)
-class Proof:
+class Proof(Record):
     """A workflow that a release must run, and checks of the pictures that it makes."""
 
     name: str
@@ -199,7 +182,6 @@ COMPARED = "proof {}: {:.1f} s, with release {} {:.1f} s"
 """The note of a trial on a workflow that ran on both releases."""
 
 
-@dataclass(frozen=True)
 class CutOver(Ending):
     """Put a release in service, or roll back."""
 
@@ -209,14 +191,12 @@ class CutOver(Ending):
     proofs: tuple[Proof, ...] = ()
 
 
-@dataclass(frozen=True)
 class Serve(Step):
     """Start the current release, now and at boot."""
 
     kind = "serve"
 
 
-@dataclass(frozen=True)
 class Prune(Step):
     """Delete old releases, parts and journals."""
 
@@ -224,17 +204,6 @@ class Prune(Step):
     keep: tuple[str, ...]  # ids of releases
 
 
-@dataclass(frozen=True)
-class OldUnit:
-    """A unit of an adopted installation."""
-
-    name: str
-    path: str
-    active: bool
-    enabled: bool
-
-
-@dataclass(frozen=True)
 class Retire(Ending):
     """Stop another installation and set its units aside."""
 
@@ -244,7 +213,6 @@ class Retire(Ending):
     port: int
 
 
-@dataclass(frozen=True)
 class Adopt(Step):
     """Move a folder of another installation into the data."""
 
@@ -254,28 +222,24 @@ class Adopt(Step):
     owners: tuple[int, ...]  # uids whose files change to the service's ownership
 
 
-@dataclass(frozen=True)
 class Withdraw(Ending):
     """Take the current release out of service."""
 
     kind = "withdraw"
 
 
-@dataclass(frozen=True)
 class Unadopt(Step):
     """Undo an adoption."""
 
     kind = "unadopt"
 
 
-@dataclass(frozen=True)
 class Setting(Ending):
     """A change of settings outside the prefix."""
 
     serves: bool  # ComfyUI is stopped before and started afterwards
 
 
-@dataclass(frozen=True)
 class Set(Setting):
     """Change a setting outside the prefix."""
 
@@ -285,7 +249,6 @@ class Set(Setting):
     groups: dict[str, tuple[str, ...]]  # members that a group gets
 
 
-@dataclass(frozen=True)
 class Unset(Setting):
     """Undo settings outside the prefix."""
 
@@ -294,14 +257,12 @@ class Unset(Setting):
     overwrite: bool  # also undo places edited since
 
 
-@dataclass(frozen=True)
 class DropCaches(Step):
     """Drop the kernel's page cache."""
 
     kind = "drop-caches"
 
 
-@dataclass(frozen=True)
 class Stop(Ending):
     """Stop ComfyUI."""
 
@@ -309,7 +270,6 @@ class Stop(Ending):
     pause: bool  # also at boot, until resumed
 
 
-@dataclass(frozen=True)
 class Start(Step):
     """Start ComfyUI."""
 
@@ -317,28 +277,24 @@ class Start(Step):
     resume: bool  # also enable it at boot
 
 
-@dataclass(frozen=True)
 class Restart(Ending):
     """Restart ComfyUI."""
 
     kind = "restart"
 
 
-@dataclass(frozen=True)
 class EndLinger(Step):
     """Disable lingering: the user's systemd again ends with the last session."""
 
     kind = "end-linger"
 
 
-@dataclass(frozen=True)
 class Forget(Step):
     """Remove the unit that resumes interrupted runs."""
 
     kind = "forget"
 
 
-@dataclass(frozen=True)
 class ForgetMounts(Step):
     """Remove Hearth's mount units."""
 
@@ -346,7 +302,6 @@ class ForgetMounts(Step):
     units: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class Delete(Step):
     """Delete entries of the prefix."""
 
@@ -354,7 +309,6 @@ class Delete(Step):
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
 class Erase(Step):
     """Delete Hearth's records on the host; the last step of a plan."""
 

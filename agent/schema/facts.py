@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypedDict
 
 from agent.schema.installed import ExporterState
 from agent.schema.manifest import ReleaseManifest
+from agent.schema.record import Record
 
 
 class Report(TypedDict, total=False):
@@ -60,8 +61,7 @@ class Paused(TypedDict, total=False):
     at: str  # ISO 8601, UTC
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Record):
     """A process that uses a GPU. None: not reported by the driver or /proc."""
 
     pid: int
@@ -73,8 +73,7 @@ class Process:
     comfyui: bool = False  # belongs to Hearth's service, or to the MPS server of that
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Record):
     """The properties of an NVIDIA GPU that a deploy needs."""
 
     name: str
@@ -84,8 +83,7 @@ class Gpu:
     processes: tuple[Process, ...] = ()
 
 
-@dataclass(frozen=True)
-class Service:
+class Service(Record):
     """The service as its manager reports it."""
 
     active: bool  # running, starting or reloading
@@ -98,8 +96,7 @@ class Service:
     waits: bool = False  # not running, but will start on its own: it has just died, or waits for a mount
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Record):
     """The prefix and its contents, as needed before a deletion."""
 
     real: str = ""  # the path with symbolic links resolved
@@ -119,8 +116,7 @@ class Place:
     ours: bool = False  # Hearth has been deployed here
 
 
-@dataclass(frozen=True)
-class MountState:
+class MountState(Record):
     """A mount point."""
 
     mounted: bool
@@ -130,8 +126,7 @@ class MountState:
     remedy: str
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(Record):
     """Podman, and what containers need."""
 
     version: str  # empty: not installed
@@ -141,16 +136,14 @@ class Engine:
     devices: tuple[str, ...]  # CDI devices of the GPU, such as "nvidia.com/gpu=all"
 
 
-@dataclass(frozen=True)
-class WantedMount:
+class WantedMount(Record):
     """A file system that must be mounted."""
 
     what: str = ""  # device or remote path; empty: others mount it
     type: str = ""
 
 
-@dataclass(frozen=True)
-class Questions:
+class Questions(Record):
     """What facts are about, in addition to the installation."""
 
     pythons: tuple[str, ...] = ()  # minor versions
@@ -163,8 +156,7 @@ class Questions:
     verified: float = 0  # parts verified within so many seconds are not verified again
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(Record):
     """The state of a host (`agent.look.facts.facts`)."""
 
     hostname: str

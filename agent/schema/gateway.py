@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from agent.schema.change import Gateway
 from agent.schema.facts import Holder
 from agent.schema.installed import InstalledGateway
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(Record):
     """A certificate."""
 
     until: str  # the end of its validity, in openssl's words; empty: there is none
@@ -19,21 +19,18 @@ class Certificate:
     uncovered: tuple[str, ...]  # those of the names asked for that it is not for
 
 
-@dataclass(frozen=True)
 class Served(Certificate):
     """The certificate in service."""
 
     names: tuple[str, ...]  # that the gateway's own one was made for; empty: it is somebody else's
 
 
-@dataclass(frozen=True)
 class Given(Certificate):
     """A file with another certificate for the gateway."""
 
     same: bool  # it is the one in service
 
 
-@dataclass(frozen=True)
 class Certified(Certificate):
     """The gateway's own certificate, made or renewed where needed."""
 
@@ -41,16 +38,14 @@ class Certified(Certificate):
     made: bool  # by this request
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(Record):
     """What a person has to log in with."""
 
     password: bool = False
     tokens: int = 0  # their number
 
 
-@dataclass(frozen=True)
-class Server:
+class Server(Record):
     """A host behind the gateway."""
 
     name: str
@@ -58,8 +53,7 @@ class Server:
     requests: int  # open ones
 
 
-@dataclass(frozen=True)
-class LogDisk:
+class LogDisk(Record):
     """Where the systemd journal keeps the audit log."""
 
     persistent: bool  # on a disk
@@ -67,8 +61,7 @@ class LogDisk:
     total: int
 
 
-@dataclass(frozen=True)
-class GatewayState:
+class GatewayState(Record):
     """The gateway of a host."""
 
     installed: InstalledGateway
@@ -85,38 +78,33 @@ class GatewayState:
     kept: bool  # there is anything of it
 
 
-@dataclass(frozen=True)
-class Aside:
+class Aside(Record):
     """The answer to a request to send people to another host, or to this one again."""
 
     done: bool  # false: people would have no other host, and had better wait
 
 
-@dataclass(frozen=True)
-class Login:
+class Login(Record):
     """What `people.json` keeps of a person."""
 
     password: str = ""  # hashed; empty: none
     tokens: tuple[str, ...] = ()  # hashed
 
 
-@dataclass(frozen=True)
-class CertificateNames:
+class CertificateNames(Record):
     """The names that the gateway's own certificate was made for (`names.json`), sorted."""
 
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class GatewayBefore:
+class GatewayBefore(Record):
     """The gateway before a change (`state/gateway-before.json`)."""
 
     gateway: InstalledGateway = field(default_factory=InstalledGateway)
     release: str = ""  # where its link `current` points; empty: nowhere
 
 
-@dataclass(frozen=True)
-class PersonChanged:
+class PersonChanged(Record):
     """The answer to a change of a person."""
 
     token: str = ""  # a new one, which only the person gets to see

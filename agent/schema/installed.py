@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from agent.schema.record import Record
 from agent.schema.site import Site
 
 
-@dataclass(frozen=True)
-class ExporterSettings:
+class ExporterSettings(Record):
     """What the exporter reads when it starts (`state/exporter.json`)."""
 
     site: Site
@@ -16,8 +16,7 @@ class ExporterSettings:
     cuda: bool  # a GPU is needed: none is an error
 
 
-@dataclass(frozen=True)
-class InstalledExporter:
+class InstalledExporter(Record):
     """A metrics exporter."""
 
     agent: str = ""  # hash of the agent that it runs
@@ -25,22 +24,19 @@ class InstalledExporter:
     unit: str = ""  # text of its unit; empty: there is no exporter
 
 
-@dataclass(frozen=True)
-class ExporterBefore:
+class ExporterBefore(Record):
     """The exporter before a change (`state/exporter-before.json`)."""
 
     exporter: InstalledExporter = field(default_factory=InstalledExporter)
 
 
-@dataclass(frozen=True)
 class ExporterState(InstalledExporter):
     """The metrics exporter of a host."""
 
     active: bool = False  # its unit runs
 
 
-@dataclass(frozen=True)
-class InstalledGateway:
+class InstalledGateway(Record):
     """A gateway."""
 
     unit: str = ""  # text of its unit; empty: there is no gateway

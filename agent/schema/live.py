@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from agent.schema.facts import Facts, Process
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class GpuState:
+class GpuState(Record):
     """The current state of a GPU. None: listed in `unsupported` or explained in `errors`."""
 
     index: int
@@ -36,8 +36,7 @@ class GpuState:
     errors: tuple[str, ...]  # a line for each failed query or impossible value
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Record):
     """The GPUs of a host at one moment."""
 
     time: float
@@ -45,8 +44,7 @@ class Sample:
     job: str | None  # id of the job that ComfyUI runs
 
 
-@dataclass(frozen=True)
-class RunningJob:
+class RunningJob(Record):
     """A running job."""
 
     id: str
@@ -54,16 +52,14 @@ class RunningJob:
     since: float | None  # when it was queued
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Record):
     """A device used by ComfyUI."""
 
     name: str
     type: str  # "cuda" or "cpu"
 
 
-@dataclass(frozen=True)
-class ComfyUI:
+class ComfyUI(Record):
     """The state that ComfyUI reports."""
 
     state: str  # "answers", "silent" (accepts connections but does not answer) or "closed"
@@ -76,8 +72,7 @@ class ComfyUI:
     pending: int = 0
 
 
-@dataclass(frozen=True)
-class Disk:
+class Disk(Record):
     """Free space of a file system."""
 
     free: int = 0
@@ -87,8 +82,7 @@ class Disk:
     error: str = ""  # why it cannot be queried
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(Record):
     """The current state of ComfyUI and its machine."""
 
     time: float  # the host's clock
@@ -99,16 +93,14 @@ class Live:
     gpus: tuple[GpuState, ...] = ()
 
 
-@dataclass(frozen=True)
-class Glance:
+class Glance(Record):
     """Facts and current state, from one query of the driver."""
 
     facts: Facts
     live: Live
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Record):
     """A job in ComfyUI's history or queue. None: not known yet."""
 
     id: str
@@ -124,8 +116,7 @@ class Job:
     workflow: str = ""  # hash of its workflow without seeds and texts; empty: not known, or of a health check
 
 
-@dataclass(frozen=True)
-class LogLine:
+class LogLine(Record):
     """A line of ComfyUI's log, or a note on it. Without both: sent when it is quiet."""
 
     text: str | None = None
@@ -133,15 +124,13 @@ class LogLine:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(Record):
     """The answer to an upload."""
 
     size: int  # bytes received so far, by all uploads of this blob
 
 
-@dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Record):
     """What the flags of the current release are read from."""
 
     release: str = ""  # its id; empty: nothing is deployed
@@ -150,23 +139,20 @@ class CommandLine:
     text: str = ""  # ComfyUI's comfy/cli_args.py; empty: it cannot be read
 
 
-@dataclass(frozen=True)
-class NodeTypes:
+class NodeTypes(Record):
     """What workflows need of the running ComfyUI, and the workflows that its users saved."""
 
     types: dict[str, Any]  # node types, as /object_info describes them
     workflows: dict[str, Any]  # by name; None: it is too large, or not JSON
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(Record):
     """The answer to a change of a secret."""
 
     kept: str  # "encrypted" or "plain"; empty: removed
 
 
-@dataclass(frozen=True)
-class GpuMemory:
+class GpuMemory(Record):
     """Memory in use on a GPU."""
 
     index: int
@@ -174,8 +160,7 @@ class GpuMemory:
     comfyui: int  # ComfyUI's part of that
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(Record):
     """Memory in use on a host."""
 
     gpus: tuple[GpuMemory, ...]
@@ -183,8 +168,7 @@ class Held:
     available: int  # MemAvailable of the machine
 
 
-@dataclass(frozen=True)
-class Freed:
+class Freed(Record):
     """The result of asking ComfyUI to free its memory."""
 
     freed: bool  # false: a job still runs; ComfyUI frees its memory when it ends
@@ -193,8 +177,7 @@ class Freed:
     after: Held
 
 
-@dataclass(frozen=True)
-class MpsClient:
+class MpsClient(Record):
     """A process that computes through an MPS server."""
 
     pid: int
@@ -202,8 +185,7 @@ class MpsClient:
     user: str | None
 
 
-@dataclass(frozen=True)
-class MpsServer:
+class MpsServer(Record):
     """An MPS server."""
 
     pid: int
@@ -211,8 +193,7 @@ class MpsServer:
     clients: tuple[MpsClient, ...]
 
 
-@dataclass(frozen=True)
-class Mps:
+class Mps(Record):
     """NVIDIA's Multi-Process Service for ComfyUI."""
 
     on: bool = False  # Hearth turned it on
@@ -227,16 +208,14 @@ class Mps:
     service_knows: bool = False  # ComfyUI was started with the daemon's pipe directory
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(Record):
     """The kernel's messages of the past week about OOM kills and GPU errors (Xid)."""
 
     readable: bool
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Containers:
+class Containers(Record):
     """Container engines, NVIDIA's toolkit, and the devices that CDI describes."""
 
     engines: tuple[str, ...]
@@ -246,8 +225,7 @@ class Containers:
     lasting: bool = True  # a boot keeps the description, or that unit is enabled
 
 
-@dataclass(frozen=True)
-class Torch:
+class Torch(Record):
     """What torch reports about CUDA in the service's environment and sandbox."""
 
     version: str = ""
@@ -255,8 +233,7 @@ class Torch:
     error: str = ""  # why it could not be asked
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(Record):
     """Data for the doctor's checks beyond facts and current state."""
 
     result: str = ""  # how the service ended last, in systemd's words
@@ -273,8 +250,7 @@ class Probe:
     mps: Mps = field(default_factory=Mps)
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(Record):
     """Facts, current state and the doctor's data."""
 
     facts: Facts
@@ -282,8 +258,7 @@ class Probed:
     probe: Probe
 
 
-@dataclass(frozen=True)
-class Sanitised:
+class Sanitised(Record):
     """A file that was searched for metadata.
 
     `state` is clean, dirty (a dry run), written, copied (a clean copy existed), unknown (its format), or failed.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class NodeSource:
+class NodeSource(Record):
     """A custom node's source."""
 
     url: str = ""
@@ -14,8 +15,7 @@ class NodeSource:
     tree: str = ""  # hash of its content
 
 
-@dataclass(frozen=True)
-class KernelWheel:
+class KernelWheel(Record):
     """A kernel wheel's file, and its compilers if its own manifest names them."""
 
     file: str = ""
@@ -25,8 +25,7 @@ class KernelWheel:
     compilers: dict[str, str] = field(default_factory=dict)  # `kernels.toolchain`
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(Record):
     """What the health gate requires."""
 
     seconds: int = 0  # for ComfyUI to start
@@ -38,8 +37,7 @@ class Gate:
     imports: tuple[str, ...] = ()  # the kernels' modules
 
 
-@dataclass(frozen=True)
-class ReleaseManifest:
+class ReleaseManifest(Record):
     """`release.json`. Older agents wrote releases without some fields, which then have their defaults."""
 
     id: str = ""

@@ -5,16 +5,15 @@ Run plans and events are sent, too: `inv attach` follows them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
-from agent.schema.change import OldUnit
 from agent.schema.facts import Report
+from agent.schema.record import Record
 from agent.schema.settings import Applied
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """A run's plan: submitted by the client, then `state/pending.json` until its end. Times: ISO 8601, UTC."""
 
     run: str = ""  # its id; empty: no run is in progress
@@ -30,8 +29,7 @@ class Plan:
     error: Report = field(default_factory=Report)  # why it failed
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(Record):
     """A line of `state/runs/<run>.jsonl`."""
 
     event: str  # "begin", "step" or "done" (a step's begin and end), "note", "end", or "alive" (sent when it is quiet)
@@ -48,8 +46,7 @@ class Event:
     erases: bool = False  # end: the run deletes the state after this line
 
 
-@dataclass(frozen=True)
-class CutOverPhase:
+class CutOverPhase(Record):
     """The phase of a run's cut-over (`state/cut-over.json`, see `agent.change.cutover`). None: not known yet."""
 
     run: str = ""  # empty: there is none
@@ -65,7 +62,6 @@ class CutOverPhase:
     error: Report | None = None  # why it is reverted, then of its end
 
 
-@dataclass(frozen=True)
 class SettingChange(Applied):
     """A line of `state/settings.jsonl`: a change outside the prefix, or its end."""
 
@@ -74,8 +70,16 @@ class SettingChange(Applied):
     at: str = ""  # ISO 8601, UTC
 
 
-@dataclass(frozen=True)
-class AdoptionChange:
+class OldUnit(Record):
+    """A unit of an adopted installation."""
+
+    name: str
+    path: str
+    active: bool
+    enabled: bool
+
+
+class AdoptionChange(Record):
     """A line of `state/adopted.jsonl`: one change of an adoption."""
 
     event: str  # "unit", "rename", "own" or "database"
@@ -87,8 +91,7 @@ class AdoptionChange:
     entries: tuple[tuple[Any, ...], ...] = ()  # own: name, uid, gid, mode and inode (older agents: without) before
 
 
-@dataclass(frozen=True)
-class Proven:
+class Proven(Record):
     """How a release passed the health check (`releases/<id>/proven`)."""
 
     at: str = ""  # ISO 8601, UTC
@@ -97,8 +100,7 @@ class Proven:
     replaced: dict[str, str] = field(default_factory=dict)  # former node types, and what ComfyUI uses for them
 
 
-@dataclass(frozen=True)
-class SealedPart:
+class SealedPart(Record):
     """A complete part (`parts/<part>/PART.json`)."""
 
     part: str = ""  # its name
@@ -106,8 +108,7 @@ class SealedPart:
     stamp: str = ""  # see `agent.parts.stamp`; empty: incomplete
 
 
-@dataclass(frozen=True)
-class Supervision:
+class Supervision(Record):
     """A supervisor and its ComfyUI (`state/supervisor.json`). A process: its pid, and its start as `started` says."""
 
     pid: int = 0
@@ -119,15 +120,13 @@ class Supervision:
     offset: int = 0  # bytes of the log before this run of ComfyUI
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Record):
     """What runs the service (`state/manager.json`)."""
 
     manager: str = ""  # "systemd-system", "systemd-user" or "process"; empty: not installed, or by an older agent
 
 
-@dataclass(frozen=True)
-class JobCounts:
+class JobCounts(Record):
     """The exporter's counts of jobs (`jobs.json` in its runtime directory)."""
 
     bounds: tuple[float, ...] = ()  # of the buckets, in seconds; other ones: count anew

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class LogQuery:
+class LogQuery(Record):
     """Which lines of ComfyUI's log to show."""
 
     lines: int | None = None  # the number of last lines; None: all
@@ -15,8 +16,7 @@ class LogQuery:
     follow: bool = False  # also new lines, without end
 
 
-@dataclass(frozen=True)
-class SecretChange:
+class SecretChange(Record):
     """Store a secret, or delete it."""
 
     name: str
@@ -24,23 +24,20 @@ class SecretChange:
     who: str
 
 
-@dataclass(frozen=True)
-class DropIns:
+class DropIns(Record):
     """A setting: files by path, and members that groups get; `agent/change/settings.py` says what the files change."""
 
     files: dict[str, str]
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class SettingsQuery:
+class SettingsQuery(Record):
     """Settings whose places are looked at, by name."""
 
     settings: dict[str, DropIns]
 
 
-@dataclass(frozen=True)
-class GatewaySecret:
+class GatewaySecret(Record):
     """A change of what a gateway keeps secret.
 
     "password" and "token": set a person's password, or add a token and return it. "remove": forget a person.

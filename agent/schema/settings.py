@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Record):
     """A place that a setting changes, see `agent.change.settings`."""
 
     kind: str  # "file", "value" (of the kernel), "device", "group" or "unit"
@@ -16,8 +15,7 @@ class Seen:
     writable: bool
 
 
-@dataclass(frozen=True)
-class Applied:
+class Applied(Record):
     """A change in force."""
 
     kind: str
@@ -26,16 +24,14 @@ class Applied:
     new: str = ""
 
 
-@dataclass(frozen=True)
-class State:
+class State(Record):
     """Settings by name: the changes in force, and the state of the places asked for."""
 
     applied: dict[str, tuple[Applied, ...]]
     seen: dict[str, tuple[Seen, ...]]
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Record):
     """A device file."""
 
     place: str
@@ -45,16 +41,14 @@ class Node:
     denied: tuple[str, ...]  # of the users asked for, those that may not read and write it
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Record):
     """A udev rule that names such devices."""
 
     file: str
     rule: str
 
 
-@dataclass(frozen=True)
-class Access:
+class Access(Record):
     """Access to the GPU."""
 
     nodes: tuple[Node, ...]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(Record):
     """Paths, service, user and address of an installation. Recorded in `state/site.json` when a plan is accepted."""
 
     prefix: str  # its folder; `~` is the login's home

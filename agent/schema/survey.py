@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from agent.schema.record import Record
 
 
-@dataclass(frozen=True)
-class FileSystem:
+class FileSystem(Record):
     """A mounted file system."""
 
     point: str = "/"
@@ -14,8 +15,7 @@ class FileSystem:
     type: str = ""
 
 
-@dataclass(frozen=True)
-class Folder:
+class Folder(Record):
     """One of ComfyUI's folders. Files are counted only if a rename can move it into the data."""
 
     place: str
@@ -32,8 +32,7 @@ class Folder:
     foreign: str = ""  # why it must not be adopted; empty: it may be
 
 
-@dataclass(frozen=True)
-class FoundNode:
+class FoundNode(Record):
     """A custom node."""
 
     name: str
@@ -44,8 +43,7 @@ class FoundNode:
     edited: tuple[str, ...] | None  # files that differ from the commit; None: not known
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(Record):
     """A systemd unit that starts it."""
 
     name: str
@@ -57,8 +55,7 @@ class Unit:
     enabled: bool
 
 
-@dataclass(frozen=True)
-class OldProcess:
+class OldProcess(Record):
     """A process that runs it."""
 
     pid: int
@@ -66,8 +63,7 @@ class OldProcess:
     unit: str  # empty: no system unit started it
 
 
-@dataclass(frozen=True)
-class Installation:
+class Installation(Record):
     """An installation of ComfyUI."""
 
     path: str
@@ -88,8 +84,7 @@ class Installation:
     owners: tuple[int, ...] = ()  # ids of the users that own or run it
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(Record):
     """All installations found."""
 
     looked: tuple[str, ...]  # paths that were searched

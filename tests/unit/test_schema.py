@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from agent.schema.decode import decode
 from agent.schema.gateway import Login
 from agent.schema.installed import InstalledGateway
 from agent.schema.live import Freed, GpuMemory, Held
+from agent.schema.records import Proven
 from core.typed import convert
 from tests.plans import FRESH, made, spark
 
@@ -28,6 +30,22 @@ def plain(value: object) -> Any:
 def test_agent_and_client_read_the_same() -> None:
     assert decode(Freed, plain(FREED)) == FREED == convert(plain(FREED), Freed)
     assert convert(plain(FRESH), type(FRESH)) == FRESH
+
+
+def test_a_record_is_a_frozen_dataclass() -> None:
+    held: Any = Held((), None, 3)
+    assert repr(held) == "Held(gpus=(), resident=None, available=3)"
+    assert held == Held(available=3, gpus=(), resident=None)
+    assert hash(held) == hash(replace(held))
+    assert held != replace(held, available=4)
+    assert Proven() == Proven(**asdict(Proven()))  # defaults
+    for values, named in (((), {}), ((1, 2, 3, 4), {}), ((1, 2, 3), {"more": 4}), ((1, 2, 3), {"gpus": ()})):
+        with pytest.raises(TypeError, match="Held "):
+            Held(*values, **named)
+    with pytest.raises(FrozenInstanceError):
+        held.available = 4
+    with pytest.raises(FrozenInstanceError):
+        del held.available
 
 
 def test_steps_round_trip_through_json() -> None:
