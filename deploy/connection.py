@@ -104,6 +104,9 @@ class Agent(ABC):
         try:
             for line in self._lines(verb, request, blocks, _patience(verb, values)):
                 yield self._parsed(line)
+        except ConnectError as error:  # the shared connection has ended, and a new one fails
+            error.hint = self.lost("").hint if verb in ("submit", "follow") else error.hint
+            raise
         except TimeoutError as error:
             raise self.lost(f"the agent does not answer: {error}") from error
         except ProcessError as error:

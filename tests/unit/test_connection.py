@@ -336,6 +336,16 @@ def test_lost_connection_does_not_end_a_change(box: Box) -> None:
     assert "inv attach" in caught.value.hint
 
 
+def test_failed_new_connection_does_not_end_a_change(box: Box) -> None:
+    """The shared connection has ended, and the network with it: the host may have the plan."""
+    box.before("echo 'ssh: connect to host box port 22: Connection timed out' >&2; exit 255\n")
+    for verb in ("submit", "follow"):
+        error = box.fails("unreachable", verb, run="r1")
+        assert "timed out" in error.cause
+        assert "inv attach --host box" in error.hint
+    assert "ssh " in box.fails("unreachable").hint
+
+
 def test_killed_local_agent_is_an_error(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     box.program("bin/python3", 'echo \'{"event": "alive"}\'; kill -9 $$')
     monkeypatch.setattr(sys, "executable", str(box.place / "bin/python3"))
