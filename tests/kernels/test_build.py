@@ -273,8 +273,8 @@ def test_a_second_build_and_a_second_machine_take_every_object_from_a_cache(
     assert wheels[0] == wheels[1]
 
 
-def test_ptx_is_kept_when_asked_for(built: Hearth) -> None:
-    done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json")
+def test_ptx_is_kept_when_asked_for(built: Hearth, compiled: dict[str, str]) -> None:
+    done = built.inv(*BUILD, "--arch", "8.9+PTX", "--json", **compiled)
     assert done.returncode == 0, done.stderr
     (found,) = json.loads(done.stdout)
     assert found["file"] == "tiny-0.1+cu130.torch2.14.1.sm89.ptx.plain-cp311-cp311-manylinux_2_24_x86_64.whl"

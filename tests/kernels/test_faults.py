@@ -124,6 +124,7 @@ def test_a_compile_error_names_the_file_and_the_log_and_keeps_the_rest(hearth: H
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
 def test_a_kernel_that_fails_withholds_no_other_wheel(hearth: Hearth) -> None:
     for name, kernel in (("broken", "csrc/sum.cu"), ("missing", "csrc/nothing.cu")):
         shutil.copytree(hearth.tiny, hearth.recipes / name)
