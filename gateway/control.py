@@ -64,7 +64,8 @@ def address(gateway: Gateway) -> str:
 def wanted(name: str, gateway: Gateway, prefix: str, service: str) -> InstalledGateway:
     """A gateway as configured."""
     folder, known = f"{prefix}/gateway", hosts.hosts()
-    places = Places(f"{folder}/secrets", f"/run/{service}-gateway", f"{folder}/secrets/certificate.pem")
+    secrets = f"{folder}/secrets"
+    places = Places(secrets, f"/run/{service}-gateway", f"{secrets}/certificate.pem", f"{secrets}/hosts.map")
     behind = [known.hosts[each] for each in members(gateway, known)]
     own = [each for each in behind if on_its_machine(gateway, each, known)]
     return InstalledGateway(

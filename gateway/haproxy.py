@@ -27,11 +27,15 @@ CHECK_SECONDS = 5
 
 @dataclass(frozen=True)
 class Places:
-    """Where HAProxy finds its files: a folder with secrets, one for sockets, and the certificate."""
+    """Where HAProxy finds its files: a folder with secrets, one for sockets, the certificate, and each person's host.
+
+    Only what is reloaded has the last one: it starts without tables.
+    """
 
     secrets: str
     run: str
     certificate: str
+    assigned: str = ""
 
 
 def configuration(name: str, gateway: Gateway, known: Hosts, places: Places) -> str:
@@ -67,7 +71,7 @@ def configuration(name: str, gateway: Gateway, known: Hosts, places: Places) -> 
         ),
         "backends": "\n\n".join(
             [
-                _backend("comfyui", gateway, behind, known),
+                _backend("comfyui", gateway, behind, known, places.assigned),
                 *(_backend(f"only_{host}", gateway, {host: behind[host]}, known) for host in sorted(pinned)),
             ]
         ),
@@ -76,12 +80,15 @@ def configuration(name: str, gateway: Gateway, known: Hosts, places: Places) -> 
     return Template(template).substitute(values)
 
 
-def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host], known: Hosts) -> str:
+def _backend(title: str, gateway: Gateway, hosts: Mapping[str, Host], known: Hosts, assigned: str = "") -> str:
     """One group of hosts. Each person stays on one of them: queue, history and websocket are a host's own."""
+    unlisted = f"!{{ var(txn.user),in_table({title}) }}"
     sticky = [
         "    balance leastconn",
         "    stick-table type string len 32 size 10k expire 8h peers tables",
         "    stick on var(txn.user)",
+        # A new process answers before the old one has handed over its table. Without this, people would move then.
+        *([f"    use-server %[var(txn.user),map_str({assigned},-)] if {unlisted}"] if assigned else []),
         "    option redispatch",  # the last attempt goes to another host
     ]
     fall = -(-duration(gateway.hold) // CHECK_SECONDS)

@@ -215,13 +215,16 @@ class Running:
             users=dict(users),
             **{"hold": "20s", **values},
         )
-        self.places = Places(str(folder), str(folder), f"{folder}/certificate.pem")
+        self.assigned = folder / "gateway/secrets/hosts.map"
+        self.places = Places(str(folder), str(folder), f"{folder}/certificate.pem", str(self.assigned))
         # A gateway reaches other hosts at their own addresses; here, they are on this machine, too.
         text = configuration("home", self.gateway, Hosts(hosts=hosts), self.places).replace("192.0.2.1:", "127.0.0.1:")
         for old, new in edit.items():
             assert old in text
             text = text.replace(old, new)
         (folder / "haproxy.cfg").write_text(text)
+        self.assigned.parent.mkdir(parents=True)
+        self.assigned.touch()
         self.write_people(dict.fromkeys(users, PASSWORD))
         self._certify()
         self.log = (folder / "log").open("wb")

@@ -21,7 +21,7 @@ from agent.schema.change import Gateway
 from agent.schema.gateway import GatewayBefore
 from agent.schema.installed import InstalledGateway
 from agent.serve import guard
-from agent.serve.gateway import GROUP, certify, folder_of, keep, share
+from agent.serve.gateway import GROUP, certify, folder_of, keep, remember
 from agent.serve.systemd import Systemd, entries
 
 SECONDS = 20
@@ -78,7 +78,7 @@ def put(layout: Layout, wanted: InstalledGateway) -> None:
         discard(current(layout))
         return
     _make_user()
-    share(folder_of(layout))
+    remember(layout)
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True, default=vars).encode()).hexdigest()[:16]
     release = current(layout).parent / "releases" / digest
     write(release / "haproxy.cfg", wanted.configuration)

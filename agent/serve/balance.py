@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,14 @@ def servers(layout: Layout) -> list[Server]:
         for each in csv.DictReader(listed.splitlines())
         if each["pxname"] == SHARED
     ]
+
+
+def assigned(layout: Layout) -> dict[str, str]:
+    """Return each person's host; empty if HAProxy does not run or has one host."""
+    try:
+        return dict(re.findall(r" key=(\S+) .* server_key=(\S+)", _ask(layout, f"show table {SHARED}")))
+    except OSError:
+        return {}
 
 
 def set_state(layout: Layout, host: str, state: str, seconds: int) -> Aside:

@@ -5,6 +5,7 @@ Below `gateway/secrets/`, which only root and the gateway's group can open:
     people.json        for each person, the hash of the password and of each token; the other two files follow from it
     users.cfg          the passwords for HAProxy: SHA-512 crypt(3), with a salt for each
     tokens.map         the tokens for HAProxy: SHA-256; tokens have 256 bits, so that hashing slowly would add nothing
+    hosts.map          each person's host before the last reload, if there are several
     ca.pem, ca.key     the gateway's own certificate authority, limited to the gateway's names; the key is root's alone
     certificate.pem    the certificate and its key
 """
@@ -31,6 +32,7 @@ from agent.locks import flock
 from agent.processes import run
 from agent.schema.gateway import Certificate, CertificateNames, Certified, Login, Person, PersonChanged
 from agent.schema.requests import GatewaySecret
+from agent.serve.balance import assigned
 from agent.serve.systemd import Systemd
 
 GROUP = "hearth-gateway"
@@ -79,6 +81,7 @@ def _reload(layout: Layout) -> None:
     """Let a gateway in service read its people again; open connections stay. Raises AgentError."""
     systemd, unit = Systemd(layout), f"{layout.service}-gateway.service"
     if (systemd.units / unit).exists():
+        remember(layout)
         run([*systemd.ctl, "reload-or-restart", unit])
 
 
@@ -98,6 +101,14 @@ def keep(folder: Path, people: dict[str, Login]) -> None:
     share(folder)
 
 
+def remember(layout: Layout) -> None:
+    """Write down each person's host for HAProxy's next start. Raises OSError."""
+    path, found = folder_of(layout) / "hosts.map", assigned(layout)
+    if found or not path.exists():
+        write(path, "".join(f"{person} {host}\n" for person, host in sorted(found.items())), 0o640)
+    share(path.parent)
+
+
 def share(folder: Path) -> None:
     """Let the gateway's group read what it needs, if the group exists. Raises OSError."""
     group = -1
@@ -105,7 +116,7 @@ def share(folder: Path) -> None:
         group = grp.getgrnam(GROUP).gr_gid
     folder.chmod(0o750)
     os.chown(folder, -1, group)
-    for name in ("users.cfg", "tokens.map", "certificate.pem"):
+    for name in ("users.cfg", "tokens.map", "hosts.map", "certificate.pem"):
         with suppress(FileNotFoundError):
             os.chown(folder / name, -1, group, follow_symlinks=False)
 

@@ -13,6 +13,7 @@ import pytest
 
 from agent.layout import Layout
 from agent.serve import balance
+from agent.serve import gateway as kept
 from deploy.gateways import Limits, Person
 from tests.gateway import closed, running
 
@@ -63,17 +64,34 @@ def test_without_any_comfyui_there_is_a_page_and_no_hang(tmp_path: Path) -> None
             assert time.monotonic() < end
 
 
-def test_each_person_stays_on_one_host_also_after_a_reload(tmp_path: Path) -> None:
-    with running(tmp_path, hosts=2) as (gateway, _):
-        people = ["anna", "ben", "cleo"]
+@pytest.fixture
+def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+    """A layout whose gateway has its socket in the test's folder, and a systemd that notes what it is told."""
+    for name, status in (("systemctl", 1), ("systemd-run", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >{tmp_path}/{name}.log\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "s-gateway").symlink_to(tmp_path)
+    monkeypatch.setattr(balance, "RUN", tmp_path)
+    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
 
-        def assigned() -> dict[str, set[int]]:
+
+@pytest.mark.parametrize("edit", [{}, {"expire 8h peers tables": "expire 8h"}], ids=["handed-over", "late"])
+def test_each_person_stays_on_one_host_also_after_a_reload(
+    tmp_path: Path, layout: Layout, edit: dict[str, str]
+) -> None:
+    """Also if the old process has not yet handed over its table to the new one."""
+    with running(tmp_path, hosts=2, edit=edit) as (gateway, _):
+
+        def assigned(people: list[str]) -> dict[str, set[int]]:
             return {who: {gateway.ask("GET", "/", who).json["port"] for _ in range(6)} for who in people}
 
-        first = assigned()
+        first = assigned(["anna", "ben", "cleo"])
         assert all(len(ports) == 1 for ports in first.values())
-        gateway.reload()
-        assert assigned() == first
+        for _ in range(2):
+            kept.remember(layout)
+            gateway.reload()
+            assert assigned(["ben", "cleo", "anna"]) == first
 
 
 def test_people_of_a_lost_host_get_another(tmp_path: Path) -> None:
@@ -115,18 +133,6 @@ def test_a_person_with_a_host_gets_no_other_while_it_is_down(tmp_path: Path) -> 
         assert [gateway.ask("GET", "/", "ben").status for _ in range(2)] == [503, 503]
         assert gateway.ask("GET", "/", "anna").json["port"] == one.port
         assert len(one.requests) == 1
-
-
-@pytest.fixture
-def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
-    """A layout whose gateway has its socket in the test's folder, and a systemd that notes what it is told."""
-    for name, status in (("systemctl", 1), ("systemd-run", 0)):
-        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >{tmp_path}/{name}.log\nexit {status}\n')
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "s-gateway").symlink_to(tmp_path)
-    monkeypatch.setattr(balance, "RUN", tmp_path)
-    return Layout({"prefix": str(tmp_path), "service": "s", "scope": "system", "user": "", "address": "", "port": 1})
 
 
 def states(layout: Layout) -> dict[str, str]:
