@@ -35,14 +35,13 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         one.machine.add_disk("blocks", "300M")
         one.machine.add_disk("inodes", "2G", "-N", "300")
         one.machine.boot()
+        one.default = None
         yield one
 
 
-@pytest.fixture(scope="session")
-def _host(fleet: Fleet) -> Fleet:
-    """The machine with ComfyUI and some user files in data/."""
-    done = fleet.deploy("--json", "--no-trial")
-    assert done.returncode == 0, done.stderr
+def _runs(fleet: Fleet, app: str) -> Fleet:
+    """The machine with this application by default, and some user files in data/."""
+    fleet.run_by_default(app)
     for name, text in (("models/checkpoints/one.safetensors", "weights"), ("output/picture.png", "art")):
         path = fleet.prefix / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,9 +50,9 @@ def _host(fleet: Fleet) -> Fleet:
 
 
 @pytest.fixture(scope="module")
-def deployed(_host: Fleet) -> Fleet:
+def deployed(fleet: Fleet) -> Fleet:
     """The machine with ComfyUI."""
-    return _host.run_by_default("")
+    return _runs(fleet, "")
 
 
 @pytest.fixture
@@ -64,23 +63,25 @@ def steady(deployed: Fleet) -> Iterator[Fleet]:
 
 
 @pytest.fixture(scope="module")
-def _stand_in(_host: Fleet) -> Iterator[Fleet]:
+def stand_in(fleet: Fleet) -> Iterator[Fleet]:
     """The machine, where a stand-in for ComfyUI runs from here to the end of the file."""
-    place, data = _host.place / "small", _host.data()
-    yield _host.run_by_default(str(place if place.exists() else small(_host.place, "small")))
-    assert _host.data() == data
+    place = fleet.place / "small"
+    _runs(fleet, str(place if place.exists() else small(fleet.place, "small")))
+    data = fleet.data()
+    yield fleet
+    assert fleet.data() == data
 
 
 @pytest.fixture
-def service(_stand_in: Fleet) -> Iterator[Fleet]:
+def service(stand_in: Fleet) -> Iterator[Fleet]:
     """Like `steady`, but with a stand-in for ComfyUI: for what concerns the service, in the last tests of a file."""
-    with unchanged(_stand_in):
-        yield _stand_in
+    with unchanged(stand_in):
+        yield stand_in
 
 
 @pytest.fixture
-def healthy(_stand_in: Fleet) -> Fleet:
+def healthy(stand_in: Fleet) -> Fleet:
     """The same machine with any release of the file's tests."""
-    _stand_in.configure()
-    _stand_in.default = None
-    return _stand_in
+    stand_in.configure()
+    stand_in.default = None
+    return stand_in

@@ -27,6 +27,9 @@ from tests.host.machine import Machine, clear, free_port, mounted_below, place_f
 
 PREFIX = "/opt/comfyui"
 
+SOONER = 'override.flags."--disable-api-nodes" = { why = "a start takes a sixth less CPU time" }\n'
+"""An entry of a host in hosts.toml."""
+
 
 @dataclass
 class Fleet(Client):
@@ -36,12 +39,13 @@ class Fleet(Client):
     place: Path
     env: dict[str, str] = field(default_factory=dict)
     default: str | None = ""
-    """The application in service, as configured by default; empty: ComfyUI. None: any release is."""
+    """The application in service, as configured by default; empty: ComfyUI. None: any release is, or nothing."""
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
-        """Write hosts.toml: the host `spark`, followed by `text`."""
+        """Write hosts.toml: the host `spark`, followed by `text`. ComfyUI starts sooner, unless this has overrides."""
+        quick = "" if "override" in text else SOONER
         (self.place / "hosts.toml").write_text(
-            f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{text}'
+            f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{quick}{text}'
         )
 
     def variables(self) -> dict[str, str]:

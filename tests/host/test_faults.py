@@ -87,12 +87,17 @@ def cases() -> Iterator[object]:
         yield pytest.param(kind, seconds, id=f"{kind}-{seconds}s", marks=[pytest.mark.faults] if number else [])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _database(deployed: Fleet) -> None:
+    """Before its stand-in, ComfyUI runs once, and makes its database."""
+
+
 @pytest.fixture
-def other(deployed: Fleet, request: pytest.FixtureRequest) -> Iterator[Path]:
+def other(fleet: Fleet, request: pytest.FixtureRequest) -> Iterator[Path]:
     """Another healthy ComfyUI with a tree that is new to the host, so that every step has work to do."""
     name = re.sub(r"\W", "-", request.node.name)
     real = "when" in request.fixturenames and not isinstance(request.getfixturevalue("when"), str)
-    app = deployed.comfyui(name, {"README.md": (r"\A", f"{name}\n")}) if real else small(deployed.place, name)
+    app = fleet.comfyui(name, {"README.md": (r"\A", f"{name}\n")}) if real else small(fleet.place, name)
     yield app
     shutil.rmtree(app)
 

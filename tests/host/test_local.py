@@ -25,7 +25,7 @@ from tests import nvml
 from tests.client import Client
 from tests.errors import kind_of
 from tests.host import slurm
-from tests.host.fleet import link_environment
+from tests.host.fleet import SOONER, link_environment
 from tests.host.machine import NEEDS, SITE, free_port, place_for
 from tests.host.small import small
 
@@ -47,8 +47,9 @@ class Here(Client):
 
     def configure(self, text: str = "") -> None:
         self.hosts.write_text(
-            f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{self.prefix}"\nport = {self.port}\n{text}'
-            f'\n[hosts.local.override.env]\nPYTHONPATH = {{ value = "{self.prefix}/data/cache", why = "SITE" }}\n'
+            f'[hosts.local]\nprofile = "cpu"\nscope = "user"\nprefix = "{self.prefix}"\nport = {self.port}\n'
+            f"{'' if 'override' in text else SOONER}{text}\n[hosts.local.override.env]\n"
+            f'PYTHONPATH = {{ value = "{self.prefix}/data/cache", why = "SITE" }}\n'
         )
 
     def choose(self) -> None:

@@ -40,7 +40,7 @@ def test_mode_flags_are_applied_and_explained(steady: Fleet) -> None:
     steady.becomes('modes = ["low-memory", "production"]\n')
     system = steady.ask("/system_stats")["system"]
     assert isinstance(system, dict)
-    assert " ".join(system["argv"]).endswith("--cache-ram 4 --cpu --vram-headroom 0.5")
+    assert " ".join(system["argv"]).endswith("--cache-ram 4 --cpu --disable-api-nodes --vram-headroom 0.5")
     shown = steady.machine.run("systemctl show comfyui -p Restart -p MemoryMax")
     assert "Restart=always" in shown
     assert "MemoryMax=infinity" not in shown

@@ -77,8 +77,8 @@ class Distant(Fleet):
 
 
 @pytest.fixture(scope="module")
-def linked(deployed: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Distant]:
-    machine = Replica(place_for("distant"), PREFIX, network=False, of=deployed.machine, port=deployed.machine.port)
+def linked(stand_in: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Distant]:
+    machine = Replica(place_for("distant"), PREFIX, network=False, of=stand_in.machine, port=stand_in.machine.port)
     # It ends with this process, and so do the namespace and the cable.
     holder = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"])
     fleet = Distant(machine, tmp_path_factory.mktemp("distant"), client=holder.pid)

@@ -18,26 +18,26 @@ from tests.unit.test_bundle import SIX
 pytestmark = pytest.mark.host
 
 
-def test_a_jump_host_is_used_and_its_key_is_checked(deployed: Fleet) -> None:
-    machine = deployed.machine
-    deployed.configure(f'[hosts.inner]\naddress = "inner"\nprofile = "cpu"\nport = {machine.port}\n')
+def test_a_jump_host_is_used_and_its_key_is_checked(stand_in: Fleet) -> None:
+    machine = stand_in.machine
+    stand_in.configure(f'[hosts.inner]\naddress = "inner"\nprofile = "cpu"\nport = {machine.port}\n')
     jump = f"Host jump\n  HostName 127.0.0.1\n  Port {machine.ssh_port}\n  User {machine.login}\n"
     jump += f"  IdentityFile {machine.place}/client\n  GlobalKnownHostsFile /dev/null\nHost inner\n  ProxyJump jump\n"
     try:
         machine.configure_ssh(f"{jump}Host jump\n  UserKnownHostsFile {machine.place}/known_hosts\n")
-        through = deployed.inv("deploy", "--host", "inner", "--dry-run")
+        through = stand_in.inv("deploy", "--host", "inner", "--dry-run")
         machine.configure_ssh(f"{jump}Host jump\n  UserKnownHostsFile /dev/null\n")
-        unknown = deployed.inv("facts", "--host", "inner")
+        unknown = stand_in.inv("facts", "--host", "inner")
     finally:
         machine.configure_ssh()
-        deployed.configure()
+        stand_in.configure()
     assert through.returncode == 0, through.stderr
     assert "nothing to do" in through.stdout
     assert (unknown.returncode, kind_of(unknown.stderr)) == (60, "host-key"), unknown.stderr
 
 
-def test_sudos_password_comes_from_the_keyring(deployed: Fleet) -> None:
-    (deployed.place / "one_password.py").write_text(
+def test_sudos_password_comes_from_the_keyring(stand_in: Fleet) -> None:
+    (stand_in.place / "one_password.py").write_text(
         "from keyring.backend import KeyringBackend\n"
         "class Keyring(KeyringBackend):\n"
         "    priority = 1\n"
@@ -45,29 +45,29 @@ def test_sudos_password_comes_from_the_keyring(deployed: Fleet) -> None:
         "        return 'open-sesame' if (service, name) == ('hearth-sudo', 'spark') else None\n"
         "    def set_password(self, service, name, password): ...\n"
     )
-    rule = deployed.machine.root / "etc/sudoers.d/deployer"
+    rule = stand_in.machine.root / "etc/sudoers.d/deployer"
     text = rule.read_text()
-    subprocess.run(["chroot", deployed.machine.root, "chpasswd"], input="deployer:open-sesame", text=True, check=True)
+    subprocess.run(["chroot", stand_in.machine.root, "chpasswd"], input="deployer:open-sesame", text=True, check=True)
     rule.write_text(text.replace("NOPASSWD: ", ""))
-    keyring = {"PYTHONPATH": str(deployed.place), "PYTHON_KEYRING_BACKEND": "one_password.Keyring"}
+    keyring = {"PYTHONPATH": str(stand_in.place), "PYTHON_KEYRING_BACKEND": "one_password.Keyring"}
     try:
-        done = deployed.deploy("--ask-sudo", "--dry-run", **keyring)
+        done = stand_in.deploy("--ask-sudo", "--dry-run", **keyring)
     finally:
         rule.write_text(text)
     assert done.returncode == 0, done.stderr
     assert "open-sesame" not in done.stdout + done.stderr
 
 
-def test_check_reaches_every_host(deployed: Fleet) -> None:
+def test_check_reaches_every_host(stand_in: Fleet) -> None:
     ghost = '[hosts.ghost]\naddress = "127.0.0.1"\nssh_port = 1\nprofile = "cpu"\n'
-    deployed.configure(ghost)
-    one_is_off = deployed.inv("hosts", "--check")
-    deployed.configure()
-    done = deployed.inv("hosts", "--check")
+    stand_in.configure(ghost)
+    one_is_off = stand_in.inv("hosts", "--check")
+    stand_in.configure()
+    done = stand_in.inv("hosts", "--check")
     assert (one_is_off.returncode, done.returncode) == (70, 0), one_is_off.stderr + done.stderr
     assert "ghost: ghost cannot be reached" in one_is_off.stderr
     assert "spark: reachable, debian 12" in one_is_off.stderr
-    assert f"spark: reachable, debian 12, x86_64, release {deployed.current()}" in done.stderr
+    assert f"spark: reachable, debian 12, x86_64, release {stand_in.current()}" in done.stderr
 
 
 def independent(fleet: Fleet) -> Path:

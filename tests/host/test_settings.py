@@ -36,44 +36,44 @@ def kernel_file(fleet: Fleet, path: str, text: str) -> Iterator[None]:
         fleet.machine.run(f"umount {path}; rm /root/value")
 
 
-def test_a_setting_is_applied_recorded_and_undone(steady: Fleet) -> None:
-    machine = steady.machine
-    refused = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+def test_a_setting_is_applied_recorded_and_undone(service: Fleet) -> None:
+    machine = service.machine
+    refused = service.inv("tune", "--host", "spark", "--apply", "swappiness")
     assert (refused.returncode, "is not writable" in refused.stderr) == (63, True), refused.stderr
-    with kernel_file(steady, SWAPPINESS, "60"):
-        listed = steady.inv("tune", "--host", "spark", "--json")
+    with kernel_file(service, SWAPPINESS, "60"):
+        listed = service.inv("tune", "--host", "spark", "--json")
         ((host),) = json.loads(listed.stdout)
         found = {each["name"]: each for each in host["settings"]}
         assert (found["swappiness"]["now"], found["swappiness"]["becomes"]) == ("60", "10")
         assert found["gpu-persistence"]["unfit"] == "no NVIDIA GPU there"
-        dry = steady.inv("tune", "--host", "spark", "--apply", "swappiness", "--dry-run")
+        dry = service.inv("tune", "--host", "spark", "--apply", "swappiness", "--dry-run")
         assert (dry.returncode, machine.run(f"cat {SWAPPINESS}").strip()) == (2, "60")
-        done = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+        done = service.inv("tune", "--host", "spark", "--apply", "swappiness")
         assert done.returncode == 0, done.stderr
         assert machine.run(f"cat {SWAPPINESS}").strip() == "10"
         assert machine.run(f"tail -1 {CONF}").strip() == "vm.swappiness = 10"
-        assert steady.facts()["settings"] == ["swappiness"]
-        again = steady.inv("tune", "--host", "spark", "--apply", "swappiness")
+        assert service.facts()["settings"] == ["swappiness"]
+        again = service.inv("tune", "--host", "spark", "--apply", "swappiness")
         assert "nothing to do" in again.stdout
-        nuke = steady.inv("nuke", "--host", "spark", "--dry-run")
+        nuke = service.inv("nuke", "--host", "spark", "--dry-run")
         assert (nuke.returncode, "inv tune --undo" in nuke.stderr) == (63, True), nuke.stderr
 
         machine.run(f"echo 42 > {SWAPPINESS}")
-        undo = steady.inv("tune", "--host", "spark", "--undo")
+        undo = service.inv("tune", "--host", "spark", "--undo")
         assert (kind_of(undo.stderr), f"{SWAPPINESS}: 42, Hearth set 10" in undo.stderr) == ("changed", True), (
             undo.stderr
         )
         assert machine.run(f"cat {SWAPPINESS}").strip() == "42"
-        forced = steady.inv("tune", "--host", "spark", "--undo", "swappiness", "--force")
+        forced = service.inv("tune", "--host", "spark", "--undo", "swappiness", "--force")
         assert forced.returncode == 0, forced.stderr
         assert machine.run(f"cat {SWAPPINESS}; echo; ls {CONF} 2>/dev/null || echo none").split() == ["60", "none"]
-    assert steady.facts()["settings"] == []
-    assert steady.inv("tune", "--host", "spark", "--undo").stdout.startswith("spark: nothing to do")
+    assert service.facts()["settings"] == []
+    assert service.inv("tune", "--host", "spark", "--undo").stdout.startswith("spark: nothing to do")
 
 
-def test_the_unit_of_persistence_mode_is_confined(steady: Fleet) -> None:
-    shutil.copy(files.CHECKOUT / "recipes/system/persistence.service", steady.machine.root / "root")
-    assert exposure(steady, "--offline=true /root/persistence.service") <= 2.0
+def test_the_unit_of_persistence_mode_is_confined(service: Fleet) -> None:
+    shutil.copy(files.CHECKOUT / "recipes/system/persistence.service", service.machine.root / "root")
+    assert exposure(service, "--offline=true /root/persistence.service") <= 2.0
 
 
 @contextmanager
