@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.errors import kind_of
-from tests.host.fleet import Fleet, fresh
+from tests.host.fleet import SOONER, Fleet, fresh
 from tests.host.replica import scratch
 from tests.host.small import small
 from tests.unit.test_bundle import SIX
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.host
 
 def test_a_jump_host_is_used_and_its_key_is_checked(stand_in: Fleet) -> None:
     machine = stand_in.machine
-    stand_in.configure(f'[hosts.inner]\naddress = "inner"\nprofile = "cpu"\nport = {machine.port}\n')
+    stand_in.configure(f'[hosts.inner]\naddress = "inner"\nprofile = "cpu"\nport = {machine.port}\n{SOONER}')
     jump = f"Host jump\n  HostName 127.0.0.1\n  Port {machine.ssh_port}\n  User {machine.login}\n"
     jump += f"  IdentityFile {machine.place}/client\n  GlobalKnownHostsFile /dev/null\nHost inner\n  ProxyJump jump\n"
     try:
