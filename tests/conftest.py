@@ -73,7 +73,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Choose the seed of all random faults for this run; HEARTH_SEED repeats one. xdist passes it on."""
     os.environ.setdefault("HEARTH_SEED", str(random.SystemRandom().randrange(1_000_000)))
+    os.environ["PATH"] = _without_shims(os.environ.get("PATH", os.defpath))
     gc.set_threshold(100_000, 50, 50)  # thousands of collected tests are no garbage
+
+
+def _without_shims(path: str) -> str:
+    """A PATH with pyenv's chosen versions instead of its shims: starting one of those runs forty shell scripts."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    chosen = os.environ.get("PYENV_VERSION", "").split(":")
+    if chosen == [""]:
+        chosen = (root / "version").read_text().split() if (root / "version").is_file() else []
+    direct = [str(max(found)) for version in chosen if (found := [*root.glob(f"versions/{version}*/bin")])]
+    places = [direct if place == str(root / "shims") and direct else [place] for place in path.split(os.pathsep)]
+    return os.pathsep.join(each for place in places for each in place)
 
 
 def pytest_collection_finish() -> None:

@@ -63,9 +63,9 @@ def queue(fleet: Fleet, seconds: int) -> str:
         return str(json.load(answer)["prompt_id"])
 
 
-def test_gpu_shows_comfyuis_process(steady: Fleet) -> None:
-    with driver(steady, "rtx-4070") as pid:
-        told = steady.inv("gpu", "--host", "spark", "--json")
+def test_gpu_shows_comfyuis_process(deployed: Fleet) -> None:
+    with driver(deployed, "rtx-4070") as pid:
+        told = deployed.inv("gpu", "--host", "spark", "--json")
         assert told.returncode == 0, told.stderr
         (sample,) = json.loads(told.stdout)
         (gpu,) = sample["gpus"]
@@ -73,10 +73,10 @@ def test_gpu_shows_comfyuis_process(steady: Fleet) -> None:
         ours = next(each for each in gpu["processes"] if each["comfyui"])
         assert (ours["pid"], ours["user"], ours["unit"]) == (pid, "comfyui", "comfyui.service")
         assert ours["name"].endswith(" main.py")
-        shown = steady.inv("gpu", "--host", "spark").stdout
+        shown = deployed.inv("gpu", "--host", "spark").stdout
         assert "comfyui.service (ComfyUI)" in shown
         assert all(len(line) <= 100 for line in shown.splitlines())
-        facts = steady.facts()
+        facts = deployed.facts()
         (device,) = facts["gpus"]
         assert [each["pid"] for each in device.pop("processes") if each["comfyui"]] == [pid]
         assert device == {
@@ -86,31 +86,31 @@ def test_gpu_shows_comfyuis_process(steady: Fleet) -> None:
             "unified": False,
         }
         assert facts["driver"] == "535.247.01"
-    without = steady.inv("gpu", "--host", "spark")
+    without = deployed.inv("gpu", "--host", "spark")
     assert (without.returncode, kind_of(without.stderr)) == (69, "gpu"), without.stderr
     assert "nvidia-smi must list the GPU" in without.stderr
 
 
-def test_a_recording_names_the_jobs(steady: Fleet, tmp_path: Path) -> None:
-    with driver(steady, "h200"):
+def test_a_recording_names_the_jobs(deployed: Fleet, tmp_path: Path) -> None:
+    with driver(deployed, "h200"):
         place = tmp_path / "run.jsonl"
-        job = queue(steady, 8)
-        done = steady.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4", "--every", "0.5")
+        job = queue(deployed, 6)
+        done = deployed.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4", "--every", "0.5")
         assert done.returncode == 0, done.stderr
         samples = [json.loads(line) for line in place.read_text().splitlines()]
         assert 7 <= len(samples) <= 9
         assert job in {each["job"] for each in samples}
         assert samples[0]["host"] == "spark"
-        assert steady.inv("gpu-plot", str(place)).stdout.strip() == str(tmp_path / "run.svg")
+        assert deployed.inv("gpu-plot", str(place)).stdout.strip() == str(tmp_path / "run.svg")
         assert job[:8] in (tmp_path / "run.svg").read_text()
-        again = steady.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4")
+        again = deployed.inv("gpu", "--host", "spark", "--record", str(place), "--seconds", "4")
         assert (again.returncode, len(place.read_text().splitlines())) == (15, len(samples))
 
 
-def test_interrupt_keeps_the_recording(steady: Fleet, tmp_path: Path) -> None:
-    with driver(steady, "gb10"):
+def test_interrupt_keeps_the_recording(deployed: Fleet, tmp_path: Path) -> None:
+    with driver(deployed, "gb10"):
         place = tmp_path / "run.jsonl"
-        started = steady.start("gpu", "--host", "spark", "--record", str(place), "--seconds", "600", "--every", "0.2")
+        started = deployed.start("gpu", "--host", "spark", "--record", str(place), "--seconds", "600", "--every", "0.2")
         wait_for(lambda: place.exists() and len(place.read_text().splitlines()) >= 3)
         os.kill(started.pid, signal.SIGINT)
         said, _ = started.communicate(timeout=30)
@@ -118,17 +118,17 @@ def test_interrupt_keeps_the_recording(steady: Fleet, tmp_path: Path) -> None:
         assert "samples in" in said
         samples = [json.loads(line) for line in place.read_text().splitlines()]
         assert all(each["gpus"][0]["memory_source"] == "meminfo" for each in samples)
-        wait_for(lambda: not steady.machine.run("pgrep -f '[a]gent-.*pyz .* gpu'", check=False))
+        wait_for(lambda: not deployed.machine.run("pgrep -f '[a]gent-.*pyz .* gpu'", check=False))
 
 
-def test_watch_uses_one_connection(steady: Fleet) -> None:
+def test_watch_uses_one_connection(deployed: Fleet) -> None:
     def logins() -> int:
         """The number of logins."""
-        return steady.machine.run("journalctl --unit=ssh --output=cat").count("Accepted publickey")
+        return deployed.machine.run("journalctl --unit=ssh --output=cat").count("Accepted publickey")
 
-    with driver(steady, "h200"):
+    with driver(deployed, "h200"):
         before = logins()
-        started = steady.start("gpu", "--host", "spark", "--watch=0.5")
+        started = deployed.start("gpu", "--host", "spark", "--watch=0.5")
         assert started.stdout is not None
         limit = threading.Timer(60, started.kill)
         limit.start()
@@ -141,33 +141,33 @@ def test_watch_uses_one_connection(steady: Fleet) -> None:
         assert logins() == before + 1
 
 
-def test_comfyui_frees_its_memory_after_its_job(steady: Fleet) -> None:
-    job = queue(steady, 8)
-    at_once = steady.inv("free-memory", "--host", "spark", "--wait", "0")
+def test_comfyui_frees_its_memory_after_its_job(deployed: Fleet) -> None:
+    job = queue(deployed, 6)
+    at_once = deployed.inv("free-memory", "--host", "spark", "--wait", "0")
     assert at_once.returncode == 1, at_once.stdout + at_once.stderr
     assert f"job {job} is running" in at_once.stdout
-    done = steady.inv("free-memory", "--host", "spark", "--json")
+    done = deployed.inv("free-memory", "--host", "spark", "--json")
     assert done.returncode == 0, done.stderr
-    queue(steady, 4)
-    wait_for(lambda: not any(steady.ask("/queue").values()), 120)
-    (found,) = json.loads(steady.inv("free-memory", "--host", "spark", "--json").stdout)
+    queue(deployed, 4)
+    wait_for(lambda: not any(deployed.ask("/queue").values()), 120)
+    (found,) = json.loads(deployed.inv("free-memory", "--host", "spark", "--json").stdout)
     assert (found["freed"], found["job"]) == (True, None)
     assert found["after"]["resident"] < found["before"]["resident"] - 300_000_000  # the pictures of four nodes
-    shown = steady.inv("free-memory", "--host", "spark")
+    shown = deployed.inv("free-memory", "--host", "spark")
     assert "ComfyUI's process: " in shown.stdout
 
 
-def test_page_cache_cannot_be_dropped_in_a_container(steady: Fleet) -> None:
-    refused = steady.inv("drop-caches", "--host", "spark")
+def test_page_cache_cannot_be_dropped_in_a_container(deployed: Fleet) -> None:
+    refused = deployed.inv("drop-caches", "--host", "spark")
     assert refused.returncode == 63
     assert "no GPU of this host shares the machine's memory" in refused.stderr
-    with driver(steady, "gb10"):
-        assert steady.inv("drop-caches", "--host", "spark", "--dry-run").returncode == 2
-        done = steady.inv("drop-caches", "--host", "spark")
+    with driver(deployed, "gb10"):
+        assert deployed.inv("drop-caches", "--host", "spark", "--dry-run").returncode == 2
+        done = deployed.inv("drop-caches", "--host", "spark")
     assert done.returncode == 69, done.stderr
     assert "refuses to drop its page cache" in done.stderr
     assert "Read-only file system" in done.stderr
-    last = json.loads(steady.inv("history", "--host", "spark", "--json").stdout)[-1]
+    last = json.loads(deployed.inv("history", "--host", "spark", "--json").stdout)[-1]
     assert (last["action"], last["result"]) == ("drop-caches", "failed")
 
 
