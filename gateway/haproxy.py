@@ -29,7 +29,7 @@ CHECK_SECONDS = 5
 class Places:
     """Where HAProxy finds its files: a folder with secrets, one for sockets, the certificate, and each person's host.
 
-    Only what is reloaded has the last one: it starts without tables.
+    Only a gateway that is reloaded has the last one: its new process starts with empty tables.
     """
 
     secrets: str

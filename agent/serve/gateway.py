@@ -2,7 +2,7 @@
 
 Below `gateway/secrets/`, which only root and the gateway's group can open:
 
-    people.json        for each person, the hash of the password and of each token; the other two files follow from it
+    people.json        for each person, the hash of the password and of each token; the next two files follow from it
     users.cfg          the passwords for HAProxy: SHA-512 crypt(3), with a salt for each
     tokens.map         the tokens for HAProxy: SHA-256; tokens have 256 bits, so that hashing slowly would add nothing
     hosts.map          each person's host before the last reload, if there are several
@@ -102,7 +102,7 @@ def keep(folder: Path, people: dict[str, Login]) -> None:
 
 
 def remember(layout: Layout) -> None:
-    """Write down each person's host for HAProxy's next start. Raises OSError."""
+    """Record each person's host for HAProxy's next start or reload. Raises OSError."""
     path, found = folder_of(layout) / "hosts.map", assigned(layout)
     if found or not path.exists():
         write(path, "".join(f"{person} {host}\n" for person, host in sorted(found.items())), 0o640)

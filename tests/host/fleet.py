@@ -28,7 +28,7 @@ from tests.host.machine import Machine, clear, free_port, mounted_below, place_f
 PREFIX = "/opt/comfyui"
 
 SOONER = 'override.flags."--disable-api-nodes" = { why = "a start takes a sixth less CPU time" }\n'
-"""An entry of a host in hosts.toml."""
+"""A line of a host's table in hosts.toml."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Fleet(Client):
     """The application in service, as configured by default; empty: ComfyUI. None: any release is, or nothing."""
 
     def configure(self, text: str = "", profile: str = "cpu") -> None:
-        """Write hosts.toml: the host `spark`, followed by `text`. ComfyUI starts sooner, unless this has overrides."""
+        """Write hosts.toml: the host `spark`, then `text`. ComfyUI starts sooner, unless the text has overrides."""
         quick = "" if "override" in text else SOONER
         (self.place / "hosts.toml").write_text(
             f'[hosts.spark]\naddress = "spark"\nprofile = "{profile}"\nport = {self.machine.port}\n{quick}{text}'
